@@ -1,0 +1,39 @@
+"""ACIQ with the prior that suits the tensor: the clip of a Laplace or of a Gaussian distribution.
+
+Banner et al. choose the prior by its distance to the data. What a prior is wanted for is its clip, so the two clips are compared
+by the squared error each makes on the histogram (:func:`qdqtool.affine.expected_error`); on data of either distribution that
+finds the distribution.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from qdqtool.affine import expected_error
+from qdqtool.calibrator_api import Calibrator, Stat
+from qdqtool.calibrators.aciq_gauss import AciqGauss
+from qdqtool.calibrators.aciq_laplace import AciqLaplace
+from qdqtool.spec import QuantSpec, Range
+from qdqtool.statistics import TensorStatistics
+
+
+@dataclass(frozen=True)
+class Aciq:
+    """The better of aciq_laplace and aciq_gauss for each tensor; :meth:`explain` reports both."""
+
+    name: ClassVar[str] = "aciq"
+    needs: ClassVar[frozenset[Stat]] = frozenset({Stat.EXTREMES, Stat.HISTOGRAM})
+
+    def choose(self, stats: TensorStatistics, spec: QuantSpec) -> Range:
+        """Return the range of the prior that errs less; Laplace's on a tie."""
+        errors = self.explain(stats, spec)
+        prior = AciqGauss() if errors[AciqGauss.name] < errors[AciqLaplace.name] else AciqLaplace()
+        return prior.choose(stats, spec)
+
+    def explain(self, stats: TensorStatistics, spec: QuantSpec) -> dict[str, float]:
+        """Expected squared error under each prior, by the name of its calibrator."""
+        priors: tuple[Calibrator, ...] = (AciqLaplace(), AciqGauss())
+        ranges = [p.choose(stats, spec) for p in priors]
+        errors = expected_error(stats.bins, [r.lo for r in ranges], [r.hi for r in ranges], spec)
+        return {p.name: float(e) for p, e in zip(priors, errors, strict=True)}

@@ -1,0 +1,257 @@
+"""Evaluates everything that does not depend on the model's inputs.
+
+The nodes whose inputs are constants become one small model that onnxruntime runs once; Shape, Size, and Gather or Slice behind a
+Shape, are answered from known dimensions even where others are symbolic. Quantized weights are never folded back to float, and
+no small constant becomes a large one (ConstantOfShape, Expand, Tile) unless it ends up as a layer's weight.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import ClassVar, Final
+
+import numpy as np
+import onnx
+import onnx_graphsurgeon as gs
+from onnx_graphsurgeon.exporters.onnx_exporter import OnnxExporter
+
+from qdqtool import graph as graphs
+from qdqtool.graph import Array
+from qdqtool.linear import LINEAR_OPS
+from qdqtool.passes_api import GRAPH_FACTS, Fact, State
+
+_LARGE: Final = 64 * 1024  # bytes
+_GROWTH: Final = 4  # a large result more than this many times its inputs is cheaper to compute than to store
+_QUANTIZED: Final = frozenset({"QuantizeLinear", "DequantizeLinear", "DynamicQuantizeLinear"})
+_RANDOM: Final = frozenset({"RandomNormalLike", "RandomUniformLike", "Bernoulli", "Multinomial", "Dropout"})
+_KEPT: Final = _QUANTIZED | _RANDOM
+
+Dims = list[int | None]
+
+
+@dataclass(frozen=True)
+class FoldConstants:
+    """Evaluate nodes with constant inputs, and shape arithmetic on known dimensions."""
+
+    name: ClassVar[str] = "fold-constants"
+    needs: ClassVar[frozenset[Fact]] = frozenset({Fact.SHAPES})
+    gives: ClassVar[frozenset[Fact]] = frozenset({Fact.FOLDED})
+    drops: ClassVar[frozenset[Fact]] = GRAPH_FACTS - {Fact.SHAPES}
+
+    def run(self, state: State) -> int:
+        """Fold the graph and its control-flow bodies; returns how many nodes are gone."""
+        outputs = graphs.output_ids(state.graph)
+        changes = 0
+        for _, graph in graphs.all_graphs(state.graph):
+            changes += _fold_dimensions(graph, outputs)
+            refused: dict[int, str] = {}
+            while (folded := self._fold(graph, state, outputs, refused)) is None:
+                pass  # another round without the nodes just refused, which makes their inputs results
+            changes += folded
+            for node in graph.nodes:
+                if id(node) in refused:
+                    state.skip(self.name, node.name, refused[id(node)])
+        graphs.sweep(state.graph)
+        return changes
+
+    def _fold(self, graph: gs.Graph, state: State, outputs: set[int], refused: dict[int, str]) -> int | None:
+        """Evaluate what can be and is not refused; None where this found further nodes to refuse."""
+        nodes = _evaluable(graph, outputs, refused)
+        made = {id(tensor) for node in nodes for tensor in node.outputs}
+        inside = {id(node) for node in nodes}
+        results = [t for n in nodes for t in n.outputs if any(id(reader) not in inside for reader in t.outputs)]
+        if not results:
+            return 0
+        ir_version = min(max(state.header.ir_version, 10), 13)
+        try:
+            values = _evaluate(nodes, made, results, graph.opset, ir_version)
+        except Exception:  # whatever the runtime raises: find the guilty nodes one by one
+            found = _failing(nodes, graph.opset, ir_version)
+            refused.update(found or {id(node): "it cannot be evaluated together with others" for node in nodes})
+            return None
+        wrong = {id(t.inputs[0]): why for t, v in zip(results, values, strict=True) if (why := _unfit(t, v, nodes))}
+        if wrong:
+            refused.update(wrong)
+            return None
+        for node in nodes:
+            node.inputs.clear()
+            node.outputs.clear()
+        for tensor, value in zip(results, values, strict=True):
+            tensor.to_constant(value)
+        return len(nodes)
+
+
+def _evaluable(graph: gs.Graph, outputs: set[int], refused: dict[int, str]) -> list[gs.Node]:
+    """The nodes, in order, whose values are known before the model runs; those left out for their size join ``refused``."""
+    known: set[int] = set()
+    candidates: list[gs.Node] = []
+    for node in graph.nodes:
+        if _is_evaluable(node, known) and id(node) not in refused and not any(id(t) in outputs for t in node.outputs):
+            candidates.append(node)
+            known.update(id(tensor) for tensor in node.outputs)
+    weights = _towards_weights(candidates)
+    known.clear()
+    nodes = []
+    for node in candidates:
+        if not all(t.is_empty() or graphs.is_constant(t) or id(t) in known for t in node.inputs):
+            continue
+        sizes = [_nbytes(tensor) for tensor in node.outputs if not tensor.is_empty()]
+        if id(node) not in weights and all(s is not None for s in sizes) and _blows_up(node, sum(s or 0 for s in sizes)):
+            refused[id(node)] = _too_large(sum(s or 0 for s in sizes))
+            continue
+        nodes.append(node)
+        known.update(id(tensor) for tensor in node.outputs)
+    return nodes
+
+
+def _is_evaluable(node: gs.Node, known: set[int]) -> bool:
+    if node.domain not in (None, "", "ai.onnx") or node.op in _KEPT or "Sequence" in node.op or "Optional" in node.op:
+        return False
+    inputs = [tensor for tensor in node.inputs if not tensor.is_empty()]
+    if not inputs or not all(_is_dense(tensor) or id(tensor) in known for tensor in inputs):
+        return False
+    return onnx.defs.has(node.op) and not any(isinstance(value, gs.Graph) for value in node.attrs.values())
+
+
+def _is_dense(tensor: gs.Tensor) -> bool:
+    return isinstance(tensor, gs.Constant) and not isinstance(getattr(tensor._values, "tensor", None), onnx.SparseTensorProto)
+
+
+def _towards_weights(nodes: Sequence[gs.Node]) -> set[int]:
+    """Identities of the nodes whose results become, perhaps through other ones of them, weights of layers."""
+    found: set[int] = set()
+    for node in reversed(nodes):
+        for tensor in node.outputs:
+            for reader, index in graphs.uses(tensor):
+                if id(reader) in found or (reader.op in LINEAR_OPS and (index >= 1 or reader.op == "MatMul")):
+                    found.add(id(node))
+    return found
+
+
+def _nbytes(tensor: gs.Tensor) -> int | None:
+    """Size of a tensor's values; None where it is not known."""
+    shape, dtype = tensor.shape, tensor.dtype
+    if shape is None or dtype is None or not all(isinstance(d, int) and d >= 0 for d in shape):
+        return None
+    return math.prod(shape) * (2 if isinstance(dtype, int) else np.dtype(dtype).itemsize)
+
+
+def _blows_up(node: gs.Node, size: int) -> bool:
+    return size > _LARGE and size > _GROWTH * sum(_nbytes(tensor) or 0 for tensor in node.inputs if not tensor.is_empty())
+
+
+def _too_large(size: int) -> str:
+    return f"its result of {size} bytes is far larger than its inputs"
+
+
+def _unfit(tensor: gs.Tensor, value: Array, nodes: Sequence[gs.Node]) -> str | None:
+    """Why an evaluated result cannot become a constant."""
+    if value.dtype == np.object_:
+        return "its result is text"
+    node = tensor.inputs[0]
+    if _nbytes(tensor) is None and _blows_up(node, value.nbytes) and id(node) not in _towards_weights(nodes):
+        return _too_large(value.nbytes)
+    return None
+
+
+def _evaluate(
+    nodes: Sequence[gs.Node],
+    made: set[int],
+    results: Sequence[gs.Tensor],
+    opset: int,
+    ir_version: int,
+    given: Mapping[str, Array] | None = None,
+) -> list[Array]:
+    """Values of ``results``, computed by ``nodes`` alone; ``given`` holds further tensors they read."""
+    import onnxruntime
+
+    read = {tensor.name: tensor for node in nodes for tensor in node.inputs if not tensor.is_empty() and id(tensor) not in made}
+    given = given or {}
+    graph = onnx.helper.make_graph(
+        [OnnxExporter.export_node(node) for node in nodes],
+        "constants",
+        [],
+        [onnx.helper.make_empty_tensor_value_info(tensor.name) for tensor in results],
+        initializer=[
+            onnx.numpy_helper.from_array(given[name], name) if name in given else OnnxExporter.export_tensor_proto(tensor)
+            for name, tensor in read.items()
+        ],
+    )
+    proto = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", opset)], ir_version=ir_version)
+    options = onnxruntime.SessionOptions()
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    options.log_severity_level = 4
+    options.intra_op_num_threads = 1
+    session = onnxruntime.InferenceSession(proto.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    return [np.asarray(value) for value in session.run(None, {})]
+
+
+def _failing(nodes: Sequence[gs.Node], opset: int, ir_version: int) -> dict[int, str]:
+    """The nodes that cannot be evaluated by themselves, with the runtime's first line of complaint."""
+    values: dict[str, Array] = {}
+    found: dict[int, str] = {}
+    for node in nodes:
+        tensors = [tensor for tensor in node.outputs if not tensor.is_empty()]
+        if all(t.is_empty() or graphs.is_constant(t) or t.name in values for t in node.inputs):
+            try:
+                results = _evaluate([node], set(), tensors, opset, ir_version, values)
+            except Exception as error:
+                found[id(node)] = f"it cannot be evaluated: {str(error).strip().splitlines()[0]}"
+            else:
+                values.update(zip((tensor.name for tensor in tensors), results, strict=True))
+    return found
+
+
+def _fold_dimensions(graph: gs.Graph, outputs: set[int]) -> int:
+    """Answer Shape, Size, and Gather and Slice behind a Shape, from known dimensions; returns at how many nodes."""
+    partial: dict[int, Dims] = {}
+    changes = 0
+    for node in graph.nodes:
+        value = None if node.domain else _dimensions(node, partial)
+        if value is None or id(node.outputs[0]) in outputs:
+            continue
+        tensor = node.outputs[0]
+        flat = value if isinstance(value, list) else [value]
+        if None not in flat:
+            node.inputs.clear()
+            node.outputs.clear()
+            tensor.to_constant(np.array(value, dtype=np.int64))
+            changes += 1
+        elif isinstance(value, list):
+            partial[id(tensor)] = value
+    return changes
+
+
+def _dimensions(node: gs.Node, partial: Mapping[int, Dims]) -> Dims | int | None:
+    """What is known of a node's integer result: a list for one of rank 1, a number for a scalar, None for nothing."""
+    if node.op in ("Shape", "Size"):
+        shape = node.inputs[0].shape
+        if shape is None:
+            return None
+        dims: Dims = [d if isinstance(d, int) and d >= 0 else None for d in shape]
+        if node.op == "Shape":
+            return dims[node.attrs.get("start", 0) : node.attrs.get("end", len(dims))]
+        return None if None in dims else math.prod(d for d in dims if d is not None)
+    if node.op not in ("Gather", "Slice") or id(node.inputs[0]) not in partial:
+        return None
+    return _picked(node, partial[id(node.inputs[0])])
+
+
+def _picked(node: gs.Node, dims: Dims) -> Dims | int | None:
+    """What a Gather or Slice with constant operands takes from a vector of dimensions."""
+    operands = [graphs.constant(tensor) for tensor in node.inputs[1:]]
+    if not operands or any(values is None or values.size == 0 for values in operands):
+        return None
+    if node.op == "Gather":
+        indices = operands[0]
+        assert indices is not None
+        if indices.ndim > 1 or (np.abs(indices + 0.5) > len(dims)).any():
+            return None
+        return [dims[int(i)] for i in indices] if indices.ndim else dims[int(indices)]
+    start, end, *rest = (int(values.reshape(-1)[0]) for values in operands if values is not None)
+    step = rest[1] if len(rest) > 1 else 1
+    return dims[start:end:step] if step > 0 else None
+
+

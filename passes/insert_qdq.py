@@ -1,0 +1,26 @@
+"""Insert the Q/DQ nodes of the plan into a copy of the float graph."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from qdqtool.insert import insert
+from qdqtool.passes_api import Fact, State
+
+
+@dataclass(frozen=True)
+class InsertQdq:
+    """Insert the Q/DQ nodes of the plan into a copy of the float graph."""
+
+    name: ClassVar[str] = "insert-qdq"
+    needs: ClassVar[frozenset[Fact]] = frozenset({Fact.PLAN, Fact.PARAMS})
+    gives: ClassVar[frozenset[Fact]] = frozenset({Fact.QDQ})
+    drops: ClassVar[frozenset[Fact]] = frozenset()
+
+    def run(self, state: State) -> int:
+        """Set ``state.quantized``; returns the number of nodes added."""
+        assert state.plan is not None
+        assert state.params is not None
+        state.quantized = insert(state.graph, state.plan, state.params)
+        return len(state.quantized.nodes) - len(state.graph.nodes)

@@ -1,0 +1,322 @@
+"""Decide which uses of which tensors are quantized on the target, without any number yet.
+
+A walk forward over the graph gives every tensor a state: in integers (its producer's kernel puts them out), either (the kernel can put
+out both), or float. A walk back finds which tensors that can be either are wanted in integers by a reader. Both are linear in the nodes.
+Then each operator in integers gets its entries: its activations, unless their producer gives them, its weight and bias, its output.
+"""
+
+from __future__ import annotations
+
+import enum
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+from typing import ClassVar, Final
+
+import numpy as np
+import onnx_graphsurgeon as gs
+
+from qdqtool import graph as graphs
+from qdqtool.linear import LinearLayer, bias_place
+from qdqtool.passes_api import Fact, State
+from qdqtool.plan import DerivedFrom, Entry, Key, Output, Plan, SharedWith, Use
+from qdqtool.selection import Selection
+from qdqtool.spec import FORMATS, PER_TENSOR, QuantSpec, per_channel
+from qdqtool.target import Emit, OpRule
+
+
+@dataclass(frozen=True)
+class PlanQuantization:
+    """Decide which uses of which tensors are quantized on the target."""
+
+    name: ClassVar[str] = "plan"
+    needs: ClassVar[frozenset[Fact]] = frozenset({Fact.SHAPES})
+    gives: ClassVar[frozenset[Fact]] = frozenset({Fact.PLAN})
+    drops: ClassVar[frozenset[Fact]] = frozenset({Fact.STATISTICS, Fact.PARAMS, Fact.QDQ})
+
+    def run(self, state: State) -> int:
+        """Set ``state.plan``; returns its number of entries."""
+        state.plan = _Planner(state).plan()
+        return len(state.plan.entries)
+
+
+class _Kind(enum.Enum):
+    INTEGER = "put out in integers"
+    EITHER = "integers or float, as readers want"
+    FLOAT = "float"
+
+
+@dataclass
+class _Unit:
+    """A node to quantize with what fuses into it: the Add of its bias and an activation function."""
+
+    node: gs.Node
+    rule: OpRule
+    outputs: list[gs.Tensor]
+    bias: Use | None = None
+    bound: tuple[float, float] | None = None
+    activations: tuple[int, ...] = field(default=())
+
+
+class _Planner:
+    def __init__(self, state: State) -> None:
+        self.state, self.target, self.recipe = state, state.target, state.recipe
+        self.graph = state.graph
+        self.outputs = graphs.output_ids(state.graph)
+        self.selection = Selection(state)
+        self.kinds: dict[int, _Kind] = {}
+        self.wanted: set[int] = set()
+        self.fused: set[int] = set()
+        self.entries: dict[Key, Entry] = {}
+        self.tensors: dict[Key, str] = {}
+        self.constants: set[Key] = set()
+        self.kernels: dict[str, str] = {}
+        self.weight_only: set[str] = set()
+
+    def plan(self) -> Plan:
+        units = [unit for node in self.graph.nodes for unit in self._unit(node)]
+        for unit in reversed(units):
+            self._want(unit)
+        for unit in units:
+            self._emit(unit)
+        if self.target.share_concat:
+            for unit in units:
+                self._share_concat(unit)
+        if self.target.residual:
+            for node in self.graph.nodes:
+                self._residual(node)
+        self.selection.check_tensors(self.tensors.values())
+        return Plan(self.entries, self.tensors, frozenset(self.constants), self.kernels, frozenset(self.weight_only))
+
+    def _skip(self, node: gs.Node, reason: str) -> None:
+        self.state.skip(PlanQuantization.name, node.name, reason)
+
+    # Forward: which nodes, and what they put out.
+
+    def _unit(self, node: gs.Node) -> Iterator[_Unit]:
+        if id(node) in self.fused:
+            return
+        rule = self._rule(node)
+        if rule is None:
+            return
+        unit = _Unit(node, rule, list(node.outputs))
+        unit.activations = self._activations(node, rule)
+        if rule.follows:
+            kinds = {self._kind(node.inputs[i]) for i in unit.activations if not graphs.is_constant(node.inputs[i])}
+            if _Kind.INTEGER not in kinds or _Kind.FLOAT in kinds:
+                if rule.output is Emit.SAME and kinds == {_Kind.EITHER}:
+                    self._set_kinds(unit, _Kind.EITHER)
+                    yield unit
+                elif graphs.is_float(node.outputs[0]):
+                    self._skip(node, "its inputs are float here; converting them for this operator alone would cost more than it gains")
+                return
+        if rule.output in (Emit.ALWAYS, Emit.WANTED):
+            self._fuse(unit)
+        emitted = {Emit.ALWAYS: _Kind.INTEGER, Emit.SAME: _Kind.INTEGER, Emit.WANTED: _Kind.EITHER, Emit.NEVER: _Kind.FLOAT}
+        self._set_kinds(unit, emitted[rule.output])
+        yield unit
+
+    def _rule(self, node: gs.Node) -> OpRule | None:
+        """The target's rule for the node; None, with the reason recorded, where it stays float."""
+        if not node.outputs or not any(graphs.is_float(t) for t in (*node.outputs, *node.inputs)):
+            return None  # shapes, indices and masks: nothing to quantize
+        rule = self.target.by_op.get(node.op) if node.domain in (None, "", "ai.onnx") else None
+        reason = None
+        if rule is None:
+            reason = f"{node.op} has no integer kernel on target {self.target.name}"
+        elif not all(t.dtype == np.float32 for t in (node.inputs[0], node.outputs[0])):
+            reason = f"its tensors are {node.inputs[0].dtype}, not float32"
+        elif self.graph.opset < rule.min_opset:
+            reason = f"{node.op} has an integer form only from opset {rule.min_opset} on"
+        else:
+            reason = self.selection.left_out(node) or _OBSTACLES.get(node.op, lambda _: None)(node)
+        if rule is not None and reason is None and rule.weight_only and not graphs.is_constant(node.inputs[1]):
+            reason = "its weight is computed at run time"
+        if reason is not None:
+            self._skip(node, reason)
+            return None
+        return rule
+
+    def _activations(self, node: gs.Node, rule: OpRule) -> tuple[int, ...]:
+        indices = range(len(node.inputs)) if rule.activations is None else rule.activations
+        weight = 1 if rule.weight and graphs.is_constant(graphs.input_at(node, 1)) else None
+        if rule.weight and weight is None and not rule.weight_only:
+            indices = (0, 1)  # a computed weight is an activation
+        return tuple(i for i in indices if i != weight and graphs.input_at(node, i) is not None)
+
+    def _kind(self, tensor: gs.Tensor) -> _Kind:
+        return self.kinds.get(id(tensor), _Kind.FLOAT)
+
+    def _set_kinds(self, unit: _Unit, kind: _Kind) -> None:
+        for tensor in unit.outputs:
+            self.kinds[id(tensor)] = kind
+
+    def _fuse(self, unit: _Unit) -> None:
+        """Take the Add of a MatMul's bias and one activation function into the unit."""
+        unit.bound = unit.rule.bound
+        reader = graphs.single_use(unit.outputs[0], self.outputs)
+        if reader is not None and unit.node.op == "MatMul" and unit.rule.weight:
+            place = bias_place(unit.node, self.outputs)
+            if place is not None and self.selection.left_out(reader) is None:
+                unit.bias = Use(place.node, place.index)
+                reader = self._take(unit, reader)
+        if reader is not None and reader.op in self.target.absorbed and reader.inputs[0] is unit.outputs[0]:
+            bound = _activation_bound(reader)
+            if bound is not None and self.selection.left_out(reader) is None:
+                unit.bound = bound
+                self._take(unit, reader)
+
+    def _take(self, unit: _Unit, reader: gs.Node) -> gs.Node | None:
+        self.fused.add(id(reader))
+        unit.outputs = list(reader.outputs)
+        return graphs.single_use(unit.outputs[0], self.outputs)
+
+    # Back: which tensors are wanted in integers.
+
+    def _want(self, unit: _Unit) -> None:
+        if unit.rule.output is Emit.SAME and not any(
+            self._kind(t) is _Kind.INTEGER or id(t) in self.wanted for t in unit.outputs
+        ):
+            return
+        self.wanted.update(id(unit.node.inputs[i]) for i in unit.activations)
+
+    def _in_integers(self, tensor: gs.Tensor) -> bool:
+        """Whether the tensor's producer puts out integers."""
+        kind = self._kind(tensor)
+        return kind is _Kind.INTEGER or (kind is _Kind.EITHER and id(tensor) in self.wanted)
+
+    # Entries.
+
+    def _emit(self, unit: _Unit) -> None:
+        node, rule = unit.node, unit.rule
+        if rule.output is Emit.SAME:
+            if self._in_integers(node.inputs[0]):
+                if rule.kernel:
+                    self.kernels[node.name] = node.op
+                for tensor in unit.outputs:
+                    if graphs.is_float(tensor):
+                        self._add(Output(tensor.name), SharedWith(Output(node.inputs[0].name)), tensor)
+            return
+        for index in unit.activations:
+            self._emit_activation(node, index)
+        if rule.weight and graphs.is_constant(graphs.input_at(node, 1)):
+            self._emit_weight(unit)
+        if rule.weight_only:
+            self.weight_only.add(node.name)
+            self._skip(node, f"{node.op} has no integer kernel on target {self.target.name}: its weight alone is stored in integers")
+            return
+        self.kernels[node.name] = node.op
+        if all(self._in_integers(t) for t in unit.outputs):
+            for tensor in unit.outputs:
+                self._add(Output(tensor.name), self._activation_spec(tensor, unit.bound), tensor)
+
+    def _emit_activation(self, node: gs.Node, index: int) -> None:
+        tensor, key = node.inputs[index], Use(node.name, index)
+        override = self.selection.node_override(node)
+        if not graphs.is_constant(tensor) and override is None and self._in_integers(tensor):
+            return  # quantized where it is produced
+        spec = self._activation_spec(tensor, None)
+        self._add(key, spec if override is None else override.on(spec), tensor)
+
+    def _activation_spec(self, tensor: gs.Tensor, bound: tuple[float, float] | None) -> QuantSpec:
+        symmetric = self.target.activation_symmetric
+        spec = QuantSpec(FORMATS[self.target.activation], symmetric, narrow=symmetric, bound=bound)
+        return self.selection.on_tensor(tensor, spec)
+
+    def _emit_weight(self, unit: _Unit) -> None:
+        node = unit.node
+        layer = LinearLayer.of(node)
+        axis = layer.weight_axis if layer is not None and self.recipe.per_channel else None
+        bits = 7 if self.recipe.reduce_range else None
+        granularity = PER_TENSOR if axis is None else per_channel(axis)
+        spec = QuantSpec(self.recipe.weight_format, symmetric=True, granularity=granularity, narrow=True, bits=bits)
+        override = self.selection.node_override(node)
+        if override is not None and override.granularity == "per_tensor":
+            spec = replace(spec, granularity=PER_TENSOR)
+        weight = Use(node.name, 1)
+        self._add(weight, self.selection.on_tensor(node.inputs[1], spec), node.inputs[1])
+        if unit.bias is None and layer is not None and layer.bias is not None and layer.bias_input is not None:
+            unit.bias = Use(node.name, layer.bias_input)
+        if unit.bias is not None and self.target.bias_int32 and not unit.rule.weight_only:
+            self._emit_bias(unit, weight)
+
+    def _emit_bias(self, unit: _Unit, weight: Use) -> None:
+        assert unit.bias is not None
+        reader = unit.node if unit.bias.node == unit.node.name else unit.node.outputs[0].outputs[0]
+        bias, source = reader.inputs[unit.bias.index], unit.node.inputs[0]
+        if not graphs.is_constant(bias) or len(bias.shape) != 1:
+            self._skip(unit.node, "its bias is not a constant vector and stays float")
+            return
+        use = Use(unit.node.name, 0)
+        activation = use if use in self.entries else Output(source.name)
+        self._add(unit.bias, DerivedFrom(activation, weight), bias)
+
+    def _add(self, key: Key, entry: Entry, tensor: gs.Tensor) -> None:
+        self.entries[key] = entry
+        self.tensors[key] = tensor.name
+        if graphs.is_constant(tensor):
+            self.constants.add(key)
+
+    def _share_concat(self, unit: _Unit) -> None:
+        """Let a Concat's inputs that nothing else reads take over its range, where no activation function forbids it."""
+        if unit.node.op != "Concat" or Output(unit.outputs[0].name) not in self.entries:
+            return
+        root = Output(unit.outputs[0].name)
+        keys = [Output(t.name) for t in unit.node.inputs]
+        specs = [self.entries.get(key) for key in keys]
+        single = [graphs.single_use(t, self.outputs) is not None for t in unit.node.inputs]
+        bounds = {spec.bound if isinstance(spec, QuantSpec) else None for spec in specs}
+        if len(bounds) != 1 or not all(single) or not all(isinstance(spec, QuantSpec) for spec in specs):
+            return
+        entry = self.entries[root]
+        if isinstance(entry, QuantSpec) and entry.bound is None:
+            self.entries[root] = replace(entry, bound=bounds.pop())
+        for key in keys:
+            self.entries[key] = SharedWith(root)
+
+    def _residual(self, node: gs.Node) -> None:
+        """At an Add behind a convolution quantize the other branch only, so that Conv, Add and Relu fuse."""
+        if node.op != "Add" or any(graphs.is_constant(t) for t in node.inputs) or len(node.inputs) != 2:
+            return
+        if node.inputs[0].dtype != np.float32 or self.selection.left_out(node) is not None:
+            return
+        makers = [graphs.producer(t) for t in node.inputs]
+        convs = [i for i, m in enumerate(makers) if m is not None and m.op == "Conv" and m.name in self.kernels
+                 and graphs.single_use(node.inputs[i], self.outputs) is not None]
+        if not convs:
+            self._skip(node, "no convolution feeds it, so there is nothing to fuse it with")
+            return
+        other = 1 - convs[0]
+        self._add(Use(node.name, other), self._activation_spec(node.inputs[other], None), node.inputs[other])
+        self.kernels[node.name] = node.op
+
+
+def _activation_bound(node: gs.Node) -> tuple[float, float] | None:
+    """The interval into which a Relu or Clip maps; None where it is not known, or does not hold 0."""
+    if node.op == "Relu":
+        return (0.0, math.inf)
+    limits = []
+    for index, (name, default) in enumerate((("min", -math.inf), ("max", math.inf)), start=1):
+        tensor = graphs.input_at(node, index)
+        value = graphs.constant(tensor)
+        if tensor is not None and value is None:
+            return None
+        limits.append(float(value) if value is not None else float(node.attrs.get(name, default)))
+    return (limits[0], limits[1]) if limits[0] <= 0 < limits[1] else None
+
+
+def _resize_obstacle(node: gs.Node) -> str | None:
+    mode = node.attrs.get("mode", "nearest")
+    return None if mode == "nearest" else f"Resize in mode {mode!r} computes new values; it runs in float"
+
+
+def _pad_obstacle(node: gs.Node) -> str | None:
+    value = graphs.constant(graphs.input_at(node, 2)) if len(node.inputs) > 2 else None
+    fixed = len(node.inputs) < 3 or node.inputs[2].is_empty() or (value is not None and float(value) == 0.0)
+    if node.attrs.get("mode", "constant") != "constant" or fixed:
+        return None
+    return "it pads with a value other than 0"
+
+
+_OBSTACLES: Final[dict[str, Callable[[gs.Node], str | None]]] = {"Resize": _resize_obstacle, "Pad": _pad_obstacle}
+"""Why a node of an operator that the target runs in integers stays float after all."""

@@ -1,0 +1,75 @@
+"""Verify the quantized model before anything is written: checker, loading, finite outputs, SQNR on held calibration samples."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+
+from qdqtool import model as models
+from qdqtool import placement, runtime
+from qdqtool.compare import VERIFIED, Comparison, Sqnr
+from qdqtool.errors import GateError, ModelError
+from qdqtool.passes_api import Fact, State
+
+
+@dataclass(frozen=True)
+class Verify:
+    """Check, load and run the quantized model against the float one on held calibration samples."""
+
+    name: ClassVar[str] = "verify"
+    needs: ClassVar[frozenset[Fact]] = frozenset({Fact.DATA, Fact.QDQ})
+    gives: ClassVar[frozenset[Fact]] = frozenset()
+    drops: ClassVar[frozenset[Fact]] = frozenset()
+
+    def run(self, state: State) -> int:
+        """Set ``state.verified`` and ``state.kernels``; returns the number of samples used.
+
+        Raises:
+            ModelError: the model is invalid, does not load, or gives NaN or Inf where the float model does not.
+            GateError: it falls below the recipe's ``min_sqnr``.
+        """
+        assert state.quantized is not None
+        assert state.original is not None
+        assert state.batching is not None
+        proto = models.to_proto(state.quantized, state.header)
+        try:
+            models.check(proto)
+            state.kernels, fused = placement.load_and_count(proto, provider=state.provider)
+        except ModelError as error:
+            raise ModelError(f"the quantized model was not written, because pass {self.name!r} refuses it: {error}") from error
+        sessions = (
+            runtime.session(state.original, provider=state.provider),
+            fused,
+            runtime.session(proto, provider=state.provider, optimize=False),
+        )
+        names = [output.name for output in sessions[0].get_outputs()]
+        sums = [{name: Sqnr() for name in names} for _ in range(2)]
+        samples = state.held[:VERIFIED]
+        for batch in state.batching.batches(samples):
+            want, *others = (
+                [batch.real(v) for v in runtime.run(active, names, batch.feeds)] for active in sessions
+            )
+            for index, name in enumerate(names):
+                for total, got in zip(sums, others, strict=True):
+                    if np.isfinite(want[index]).all() and not np.isfinite(got[index]).all():
+                        raise ModelError(
+                            f"the quantized model was not written: its output {name!r} holds NaN or Inf where the float "
+                            f"model's does not (pass {self.name!r}); exclude layers with extreme values, or report this model"
+                        )
+                    total[name].add(want[index], got[index])
+        fused_db, emulated_db = ({name: s.db for name, s in total.items()} for total in sums)
+        state.verified = Comparison(len(samples), fused_db, emulated_db, provider=state.provider)
+        self._gate(state)
+        return len(samples)
+
+    def _gate(self, state: State) -> None:
+        least = state.recipe.min_sqnr
+        assert state.verified is not None
+        if least is not None and state.verified.worst_db < least:
+            raise GateError(
+                f"the quantized model was not written: its SQNR of {state.verified.worst_db:.1f} dB on {state.verified.samples} "
+                f"calibration samples is below --min-sqnr {least:g} dB. Try another calibrator, or leave sensitive layers in float "
+                f"with --exclude"
+            )

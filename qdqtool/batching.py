@@ -1,0 +1,185 @@
+"""Samples out of whatever the user feeds, and batches out of samples, so that neither speed nor result depends on how data came."""
+
+from __future__ import annotations
+
+import hashlib
+import heapq
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Final
+
+import numpy as np
+import numpy.typing as npt
+
+from qdqtool.data import Feeds
+from qdqtool.model import InputInfo
+
+MAX_BATCH: Final = 64
+_BATCH_BYTES: Final = 96 << 20  # observed activations of one batch
+_TOGETHER_BYTES: Final = 2 << 30
+Runner = Callable[[Feeds], Mapping[str, npt.NDArray[Any]]]
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One sample as the model takes it, with the hash of its content (16 bytes) and its position in the data."""
+
+    feeds: Feeds
+    digest: bytes
+    position: int
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Samples that run together; where the model's batch is fixed, the last sample is repeated to fill it.
+
+    Attributes:
+        feeds: what the session gets.
+        samples: the samples in it.
+        rows: how many samples ``feeds`` holds with the repeated ones.
+    """
+
+    feeds: Feeds
+    samples: tuple[Sample, ...]
+    rows: int
+
+    @property
+    def keys(self) -> list[tuple[bytes, int]]:
+        """Hash and position of every sample, as statistics record them."""
+        return [(s.digest, s.position) for s in self.samples]
+
+    def real(self, values: npt.NDArray[Any]) -> npt.NDArray[Any]:
+        """The part of an output that belongs to the samples, without the repeated ones; shape (samples, ...) or as it was."""
+        if self.rows == len(self.samples):
+            return values
+        return values.reshape(self.rows, -1)[: len(self.samples)]
+
+
+@dataclass(frozen=True)
+class Batching:
+    """How samples are cut out of feeds and joined.
+
+    Attributes:
+        rows: every row along axis 0 of all inputs is a sample; else a feed is one.
+        size: samples a batch.
+        fixed: the model takes exactly ``size`` samples.
+        bytes_each: bytes of observed activations a sample, as far as known.
+    """
+
+    rows: bool
+    size: int
+    fixed: bool = False
+    bytes_each: int = 0
+
+    def samples(self, feeds: Iterable[Feeds]) -> Iterator[Sample]:
+        """The samples in ``feeds``, in order."""
+        position = 0
+        for feed in feeds:
+            for sample in self._rows(feed) if self.rows else (feed,):
+                yield Sample(sample, digest(sample), position)
+                position += 1
+
+    def together(self, count: int) -> Batching:
+        """Batching for a step that wants ``count`` samples in one batch and keeps no more than one activation at a time."""
+        if self.fixed or not self.rows or self.size == 1:
+            return self
+        return replace(self, size=max(self.size, min(count, _TOGETHER_BYTES // max(self.bytes_each, 1))))
+
+    @staticmethod
+    def _rows(feed: Feeds) -> Iterator[Feeds]:
+        for i in range(min(len(array) for array in feed.values())):
+            yield {name: array[i : i + 1] for name, array in feed.items()}
+
+    def batches(self, samples: Iterable[Sample]) -> Iterator[Batch]:
+        """Samples of one shape joined, ``size`` at a time."""
+        waiting: dict[tuple[object, ...], list[Sample]] = {}
+        for sample in samples:
+            group = waiting.setdefault(_shapes(sample.feeds), [])
+            group.append(sample)
+            if len(group) == self.size:
+                yield self._join(group)
+                group.clear()
+        for group in waiting.values():
+            if group:
+                yield self._join(group)
+
+    def _join(self, group: Sequence[Sample]) -> Batch:
+        if len(group) == 1 and not self.fixed:
+            return Batch(group[0].feeds, (group[0],), 1)
+        padded = [*group, *[group[-1]] * (self.size - len(group))] if self.fixed else group
+        feeds = {name: np.concatenate([s.feeds[name] for s in padded]) for name in group[0].feeds}
+        return Batch(feeds, tuple(group), len(padded))
+
+
+def digest(feeds: Feeds) -> bytes:
+    """Hash of a feed's content: names, types, shapes and bytes; 16 bytes, never ending in a zero byte."""
+    state = hashlib.blake2b(digest_size=15)
+    for name in sorted(feeds):
+        array = np.ascontiguousarray(feeds[name])
+        state.update(f"{name}\0{array.dtype.str}\0{array.shape}\0".encode())
+        state.update(array.reshape(-1).view(np.uint8).data)
+    return state.digest() + b"\1"
+
+
+def choose(samples: Iterable[Sample], count: int) -> list[Sample]:
+    """The ``count`` samples of least hash, in the order of their hashes: the same ones however the data are ordered."""
+    return heapq.nsmallest(count, samples, key=lambda s: (s.digest, s.position))
+
+
+def _shapes(feeds: Feeds) -> tuple[object, ...]:
+    return tuple((name, array.shape) for name, array in feeds.items())
+
+
+def plan_batching(inputs: Sequence[InputInfo], feeds: Iterable[Feeds], run: Runner) -> Batching:
+    """Find out how the model can be batched, by a trial on two samples where its inputs leave the first axis free.
+
+    A free first axis need not be a batch (a Softmax over axis 0 mixes samples): samples are joined only if two of them give the same
+    outputs joined and apart.
+
+    Args:
+        inputs: what the model wants.
+        feeds: the data; only its first samples are looked at.
+        run: runs the model and gives every output and observed tensor.
+    """
+    axes = {info.shape[0] if info.shape else 0 for info in inputs}
+    fixed = next(iter(axes)) if len(axes) == 1 else None
+    if isinstance(fixed, int) and fixed > 1:
+        first = next(iter(feeds), None)
+        rows = first is not None and all(array.shape[0] < fixed for array in first.values())
+        return Batching(rows=rows, size=fixed if rows else 1, fixed=rows)
+    if not axes or any(isinstance(axis, int) for axis in axes):
+        return Batching(rows=False, size=1)
+    pair: dict[tuple[object, ...], Sample] = {}
+    for sample in Batching(rows=True, size=1).samples(feeds):
+        other = pair.get(_shapes(sample.feeds))
+        if other is not None and other.digest != sample.digest:
+            return _trial(other, sample, run)
+        pair[_shapes(sample.feeds)] = sample
+        if sample.position >= 2 * MAX_BATCH:
+            break
+    return Batching(rows=True, size=1) if _all_single(feeds) else Batching(rows=False, size=1)
+
+
+def _all_single(feeds: Iterable[Feeds]) -> bool:
+    first = next(iter(feeds), None)
+    return first is not None and all(len(array) == 1 for array in first.values())
+
+
+def _trial(first: Sample, second: Sample, run: Runner) -> Batching:
+    joined = run({name: np.concatenate([first.feeds[name], second.feeds[name]]) for name in first.feeds})
+    apart = [run(sample.feeds) for sample in (first, second)]
+    for name, both in joined.items():
+        for index, alone in enumerate(values[name] for values in apart):
+            if both.size != 2 * alone.size or not _agree(both.reshape(2, -1)[index], alone.reshape(-1)):
+                return Batching(rows=False, size=1)
+    bytes_each = sum(values.nbytes for values in apart[0].values())
+    size = int(min(MAX_BATCH, max(1, _BATCH_BYTES // max(bytes_each, 1))))
+    return Batching(rows=True, size=size, bytes_each=bytes_each)
+
+
+def _agree(joined: npt.NDArray[Any], alone: npt.NDArray[Any]) -> bool:
+    if joined.dtype.kind not in "fV":
+        return bool(np.array_equal(joined, alone))
+    a, b = joined.astype(np.float64), alone.astype(np.float64)
+    scale = np.abs(b[np.isfinite(b)]).max(initial=0.0)
+    return bool(np.allclose(a, b, rtol=1e-3, atol=1e-4 * scale, equal_nan=True))

@@ -1,0 +1,38 @@
+"""What a calibrator is: a pure function from a tensor's statistics and a spec to the range that codes should cover."""
+
+from __future__ import annotations
+
+import enum
+from typing import TYPE_CHECKING, ClassVar, Protocol, runtime_checkable
+
+from qdqtool.spec import QuantSpec, Range
+
+if TYPE_CHECKING:
+    from qdqtool.statistics import TensorStatistics
+
+
+class Stat(enum.StrEnum):
+    """A part of a tensor's statistics that a calibrator reads; what nobody needs is not collected."""
+
+    EXTREMES = "least and greatest value"
+    HISTOGRAM = "histogram"
+    SAMPLES = "least and greatest value of each sample, in the data's order"
+
+
+@runtime_checkable
+class Calibrator(Protocol):
+    """Chooses ranges of activations; implementations are frozen dataclasses whose fields are the options.
+
+    The range returned lies within what was observed, and contains 0 once widened by :mod:`qdqtool.affine`.
+    """
+
+    name: ClassVar[str]
+    needs: ClassVar[frozenset[Stat]]
+
+    def choose(self, stats: TensorStatistics, spec: QuantSpec) -> Range:
+        """Return the range for a tensor observed as ``stats`` and quantized as ``spec``.
+
+        Raises:
+            StatisticsError: ``stats`` lack what the method needs.
+        """
+        ...

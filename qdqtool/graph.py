@@ -1,0 +1,143 @@
+"""A thin helper over onnx-graphsurgeon, so that a pass reads as graph and mathematics.
+
+Tensors of an outer graph that a control-flow body reads are the same objects inside it, so ``uses`` counts those readers too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, cast
+
+import numpy as np
+import numpy.typing as npt
+import onnx_graphsurgeon as gs
+
+Array = npt.NDArray[Any]
+
+
+def all_graphs(graph: gs.Graph) -> Iterator[tuple[str, gs.Graph]]:
+    """Yield the graph and every control-flow body under it with its path ("" for the top, "node/branch" below)."""
+
+    def walk(path: str, inner: gs.Graph) -> Iterator[tuple[str, gs.Graph]]:
+        yield path, inner
+        for node in inner.nodes:
+            for name, value in node.attrs.items():
+                if isinstance(value, gs.Graph):
+                    yield from walk(f"{path}/{node.name}/{name}".lstrip("/"), value)
+
+    yield from walk("", graph)
+
+
+def constant(tensor: gs.Tensor | None) -> Array | None:
+    """Values of a constant tensor, or None for a computed or missing one."""
+    return cast(Array, tensor.values) if isinstance(tensor, gs.Constant) else None
+
+
+def is_constant(tensor: gs.Tensor | None) -> bool:
+    """Whether the tensor is a constant; its values are not read."""
+    return isinstance(tensor, gs.Constant)
+
+
+def is_float(tensor: gs.Tensor) -> bool:
+    """Whether the tensor is known to hold float32, float16 or float64 values."""
+    return tensor.dtype is not None and tensor.dtype in (np.float32, np.float16, np.float64)
+
+
+def input_at(node: gs.Node, index: int) -> gs.Tensor | None:
+    """The node's input at ``index``; None where it is omitted."""
+    if index >= len(node.inputs) or node.inputs[index].is_empty():
+        return None
+    return node.inputs[index]
+
+
+def producer(tensor: gs.Tensor) -> gs.Node | None:
+    """The node that computes the tensor; None for graph inputs and constants."""
+    return tensor.inputs[0] if tensor.inputs else None
+
+
+def output_ids(graph: gs.Graph) -> set[int]:
+    """Identities of the tensors that the graph or one of its control-flow bodies gives out."""
+    return {id(tensor) for _, inner in all_graphs(graph) for tensor in inner.outputs}
+
+
+def single_use(tensor: gs.Tensor, outputs: set[int]) -> gs.Node | None:
+    """The one node that reads the tensor at one input; None where it is read elsewhere too or is a graph output.
+
+    ``outputs`` comes from :func:`output_ids`.
+    """
+    return tensor.outputs[0] if len(tensor.outputs) == 1 and id(tensor) not in outputs else None
+
+
+def uses(tensor: gs.Tensor) -> list[tuple[gs.Node, int]]:
+    """Every reader of the tensor with the input index at which it reads, once each."""
+    seen: set[int] = set()
+    found = []
+    for node in tensor.outputs:
+        if id(node) not in seen:
+            seen.add(id(node))
+            found += [(node, i) for i, read in enumerate(node.inputs) if read is tensor]
+    return found
+
+
+def redirect(old: gs.Tensor, new: gs.Tensor) -> None:
+    """Make every reader of ``old``, those in control-flow bodies included, read ``new``; graph outputs are not touched."""
+    for node, index in uses(old):
+        node.inputs[index] = new
+
+
+def bypass(node: gs.Node, graph: gs.Graph, outputs: set[int]) -> bool:
+    """Take out a node whose first output equals its first input; returns whether that was possible.
+
+    The name of a graph output stays: the producer then writes it directly. Not possible where input and output of the node are
+    both known outside the graph (a graph input handed through, or a tensor given out under two names).
+    """
+    source, result = node.inputs[0], node.outputs[0]
+    if id(result) in outputs:
+        maker = producer(source)
+        known = id(source) in outputs or maker is None or not any(maker is inner for inner in graph.nodes)
+        if known or not any(result is given for given in graph.outputs):
+            return False
+        redirect(source, result)
+        node.outputs.clear()
+        assert maker is not None
+        maker.outputs[next(i for i, made in enumerate(maker.outputs) if made is source)] = result
+    else:
+        redirect(result, source)
+    node.inputs.clear()
+    node.outputs.clear()
+    return True
+
+
+def sweep(graph: gs.Graph) -> None:
+    """Drop nodes and constants that nothing reads, here and in control-flow bodies, and restore topological order."""
+    graph.cleanup(remove_unused_graph_inputs=False).toposort(recurse_subgraphs=False)
+
+
+def copy(graph: gs.Graph) -> gs.Graph:
+    """An independent copy that shares the values of constants."""
+    copied = graph.copy()
+    kinds = {t.name: t.type for t in graph.tensors().values() if isinstance(t, gs.Variable) and t.type != "tensor_type"}
+    for tensor in copied.tensors().values():  # the library's copy forgets that a tensor is a sequence or an optional
+        if tensor.name in kinds:
+            tensor.type = kinds[tensor.name]
+    return copied
+
+
+def tensor_names(graph: gs.Graph) -> set[str]:
+    """Names of all tensors of the graph and its control-flow bodies."""
+    return {name for _, inner in all_graphs(graph) for name in inner.tensors()}
+
+
+def node_names(graph: gs.Graph) -> set[str]:
+    """Names of all nodes of the graph and its control-flow bodies."""
+    return {node.name for _, inner in all_graphs(graph) for node in inner.nodes}
+
+
+def fresh_name(wanted: str, taken: set[str]) -> str:
+    """``wanted``, or ``wanted_1``, ``wanted_2``, ...: the first not in ``taken``, which it then joins."""
+    name, count = wanted, 0
+    while name in taken:
+        count += 1
+        name = f"{wanted}_{count}"
+    taken.add(name)
+    return name

@@ -1,0 +1,290 @@
+"""The only module that loads and saves ONNX files, and that knows what a trip through onnx-graphsurgeon loses.
+
+A model is an ``onnx.ModelProto`` at the edges of the tool and an ``onnx_graphsurgeon.Graph`` beside a :class:`Header` inside it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+import numpy as np
+import onnx
+from google.protobuf.message import DecodeError
+
+from qdqtool.errors import ModelError
+
+if TYPE_CHECKING:
+    import onnx_graphsurgeon as gs
+
+ModelSource = str | os.PathLike[str] | onnx.ModelProto
+
+MIN_OPSET: Final = 7
+MAX_OPSET: Final = 26  # the newest that onnxruntime 1.31 loads
+_MAX_IR: Final = 13
+_IR_OF_OPSET: Final = ((21, 10), (23, 11), (24, 12), (25, 13))  # least IR version that a newer opset's types need
+_PROTOBUF_LIMIT: Final = 2**31 - 1
+_LARGE_CONSTANT: Final = 4096  # bytes; shape inference reads the values of small constants only
+
+
+@dataclass(frozen=True)
+class InputInfo:
+    """What a model wants at one input: name, element type and shape (a name or None where a dimension is free)."""
+
+    name: str
+    dtype: np.dtype[Any]
+    shape: tuple[int | str | None, ...]
+
+    def __str__(self) -> str:
+        dims = ", ".join("?" if d is None else str(d) for d in self.shape)
+        return f"{self.name}: {self.dtype.name}[{dims}]"
+
+
+@dataclass(frozen=True)
+class Header:
+    """What onnx-graphsurgeon does not keep: documentation and metadata of model and nodes, and the versions."""
+
+    ir_version: int
+    model_version: int = 0
+    domain: str = ""
+    doc_string: str = ""
+    metadata: Mapping[str, str] = field(default_factory=dict)
+    graph_metadata: Mapping[str, str] = field(default_factory=dict)
+    node_docs: Mapping[str, str] = field(default_factory=dict)
+    node_metadata: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
+
+
+def load(source: ModelSource) -> onnx.ModelProto:
+    """Read a model with its external data; a ModelProto is copied, so that the caller's stays as it is.
+
+    Raises:
+        ModelError: the file is missing, truncated or no ONNX model, or its opset is out of the supported range.
+    """
+    proto = _copy(source) if isinstance(source, onnx.ModelProto) else _read(Path(source))
+    name = "the model" if isinstance(source, onnx.ModelProto) else str(source)
+    if not proto.graph.output:
+        raise ModelError(f"{name} has no graph outputs: it is no complete ONNX model")
+    version = opset(proto)
+    if version > MAX_OPSET:
+        raise ModelError(
+            f"{name} uses opset {version}; the newest that the runtime loads is {MAX_OPSET}. Export it again with opset_version <= {MAX_OPSET}"
+        )
+    if version < MIN_OPSET:
+        raise ModelError(
+            f"{name} uses opset {version}; the oldest supported is {MIN_OPSET}. Export it again, or raise it with onnx.version_converter"
+        )
+    return proto
+
+
+def _copy(proto: onnx.ModelProto) -> onnx.ModelProto:
+    copied = onnx.ModelProto()
+    copied.CopyFrom(proto)
+    return copied
+
+
+def _read(path: Path) -> onnx.ModelProto:
+    if not path.exists():
+        raise ModelError(f"model file {path} does not exist")
+    if path.is_dir():
+        raise ModelError(f"{path} is a folder; name the .onnx file inside it")
+    try:
+        proto = onnx.load(path)
+    except DecodeError as error:
+        raise ModelError(f"{path} is no ONNX model, or is truncated: {error}") from error
+    except (onnx.checker.ValidationError, FileNotFoundError) as error:
+        raise ModelError(f"the external data of {path} cannot be read: {error}") from error
+    except OSError as error:
+        raise ModelError(f"{path} cannot be read: {error}") from error
+    if not proto.ir_version and not proto.graph.node:
+        raise ModelError(f"{path} is no ONNX model: it holds no graph")
+    return proto
+
+
+def opset(proto: onnx.ModelProto) -> int:
+    """Version of the default operator set; 1 where the model names none."""
+    return next((entry.version for entry in proto.opset_import if entry.domain in ("", "ai.onnx")), 1)
+
+
+def fingerprint(proto: onnx.ModelProto) -> str:
+    """SHA-256 of the model's content in hexadecimal, equal for equal models however they were stored."""
+    return hashlib.sha256(proto.SerializeToString(deterministic=True)).hexdigest()
+
+
+def inputs(proto: onnx.ModelProto) -> tuple[InputInfo, ...]:
+    """The inputs that a caller must feed: graph inputs that no initializer fills.
+
+    Raises:
+        ModelError: an input is no tensor (a sequence, a map or an optional).
+    """
+    filled = {tensor.name for tensor in proto.graph.initializer}
+    found = []
+    for value in proto.graph.input:
+        if value.name in filled:
+            continue
+        if not value.type.HasField("tensor_type"):
+            raise ModelError(f"model input {value.name!r} is no tensor; only tensor inputs can be fed from calibration data")
+        tensor = value.type.tensor_type
+        shape = tuple(
+            d.dim_value if d.HasField("dim_value") else (d.dim_param or None) for d in tensor.shape.dim
+        )
+        found.append(InputInfo(value.name, onnx.helper.tensor_dtype_to_np_dtype(tensor.elem_type), shape))
+    return tuple(found)
+
+
+def metadata(proto: onnx.ModelProto) -> dict[str, str]:
+    """The model's metadata properties as a dictionary."""
+    return {entry.key: entry.value for entry in proto.metadata_props}
+
+
+def _props(entries: Iterable[onnx.StringStringEntryProto]) -> dict[str, str]:
+    return {entry.key: entry.value for entry in entries}
+
+
+def to_graph(proto: onnx.ModelProto) -> tuple[gs.Graph, Header]:
+    """Import a model into onnx-graphsurgeon; nodes without a name or with another's name get ``<operator>_<index>``.
+
+    The graph refers to the tensors of ``proto``, which must not be changed afterwards.
+    """
+    import onnx_graphsurgeon as gs
+
+    gs.logger.G_LOGGER.severity = gs.logger.G_LOGGER.CRITICAL
+    _name_nodes(proto.graph, set())
+    header = Header(
+        ir_version=proto.ir_version,
+        model_version=proto.model_version,
+        domain=proto.domain,
+        doc_string=proto.doc_string,
+        metadata=metadata(proto),
+        graph_metadata=_props(proto.graph.metadata_props),
+        node_docs={node.name: node.doc_string for node in proto.graph.node if node.doc_string},
+        node_metadata={node.name: _props(node.metadata_props) for node in proto.graph.node if node.metadata_props},
+    )
+    graph = gs.import_onnx(proto)
+    # Initializers listed as inputs (IR version 3) are constants: nobody feeds them.
+    graph.inputs = [tensor for tensor in graph.inputs if isinstance(tensor, gs.Variable)]
+    return graph, header
+
+
+def _name_nodes(graph: onnx.GraphProto, taken: set[str]) -> None:
+    named = {node.name for node in graph.node}
+    for index, node in enumerate(graph.node):
+        if not node.name or node.name in taken:
+            name = f"{node.op_type}_{index}"
+            while name in taken or name in named:
+                name += "_"
+            node.name = name
+        taken.add(node.name)
+        for attribute in node.attribute:
+            if attribute.type == onnx.AttributeProto.GRAPH:
+                _name_nodes(attribute.g, taken)
+
+
+def to_proto(graph: gs.Graph, header: Header, extra_metadata: Mapping[str, str] | None = None) -> onnx.ModelProto:
+    """Export a graph and give back what the round trip loses; ``extra_metadata`` is added to the model's own."""
+    import onnx_graphsurgeon as gs
+
+    least = max([6, *(ir for version, ir in _IR_OF_OPSET if graph.opset >= version)])
+    graph.ir_version = min(max(header.ir_version, least), _MAX_IR)
+    graph.import_domains = _domains(graph)
+    proto: onnx.ModelProto = gs.export_onnx(graph, do_type_check=False)
+    proto.model_version, proto.domain, proto.doc_string = header.model_version, header.domain, header.doc_string
+    onnx.helper.set_model_props(proto, {**header.metadata, **(extra_metadata or {})})
+    _set_props(proto.graph.metadata_props, header.graph_metadata)
+    for node in proto.graph.node:
+        node.doc_string = header.node_docs.get(node.name, "")
+        _set_props(node.metadata_props, header.node_metadata.get(node.name, {}))
+    return proto
+
+
+def _domains(graph: gs.Graph) -> list[onnx.OperatorSetIdProto]:
+    """The graph's operator sets, the default one at the graph's own version (a pass may have raised it)."""
+    others = [d for d in graph.import_domains or [] if d.domain not in ("", "ai.onnx")]
+    return [onnx.helper.make_opsetid("", graph.opset), *others]
+
+
+def _set_props(entries: Any, values: Mapping[str, str]) -> None:
+    for key, value in values.items():
+        entries.add(key=key, value=value)
+
+
+def without_large_constants(proto: onnx.ModelProto) -> onnx.ModelProto:
+    """A copy for shape inference: constants over 4 KiB become graph inputs of their type and shape.
+
+    Weights tell inference nothing beyond their shape, and this copy stays under protobuf's 2 GiB.
+    """
+    light = onnx.ModelProto(ir_version=proto.ir_version, opset_import=proto.opset_import, functions=proto.functions)
+    graph = light.graph
+    graph.name = proto.graph.name
+    graph.node.extend(proto.graph.node)
+    graph.input.extend(proto.graph.input)
+    graph.output.extend(proto.graph.output)
+    listed = {value.name for value in proto.graph.input}
+    for tensor in proto.graph.initializer:
+        if tensor.ByteSize() <= _LARGE_CONSTANT:
+            graph.initializer.append(tensor)
+        elif tensor.name not in listed:
+            graph.input.append(onnx.helper.make_tensor_value_info(tensor.name, tensor.data_type, list(tensor.dims)))
+    return light
+
+
+def size(proto: onnx.ModelProto) -> int:
+    """Bytes of the model with its tensors."""
+    return proto.ByteSize()
+
+
+def check(proto: onnx.ModelProto) -> None:
+    """Run ONNX's checker; ModelError says what it found."""
+    try:
+        onnx.checker.check_model(proto)
+    except onnx.checker.ValidationError as error:
+        raise ModelError(f"the ONNX checker refuses the model: {error}") from error
+    except ValueError as error:  # over 2 GiB: the checker works on serialized bytes; the runtime still loads the file
+        if proto.ByteSize() < _PROTOBUF_LIMIT:
+            raise ModelError(f"the ONNX checker refuses the model: {error}") from error
+
+
+def save(proto: onnx.ModelProto, path: str | os.PathLike[str], *, external_data: bool | None = None) -> Path:
+    """Write a model atomically: the file appears whole under its name, or not at all.
+
+    Args:
+        proto: the model; it is not changed.
+        path: target file; its folder must exist.
+        external_data: tensors over 1 KiB go to ``<name>.data`` beside the file; None: only where the model is over 2 GB.
+
+    Raises:
+        ModelError: the folder does not exist or cannot be written.
+    """
+    target = Path(path)
+    if external_data is None:
+        external_data = proto.ByteSize() >= _PROTOBUF_LIMIT
+    with _staging(target) as folder:
+        staged = folder / target.name
+        if external_data:
+            onnx.save_model(
+                _copy(proto), staged, save_as_external_data=True, location=f"{target.name}.data", size_threshold=1024
+            )
+            os.replace(folder / f"{target.name}.data", target.with_name(f"{target.name}.data"))
+        else:
+            staged.write_bytes(proto.SerializeToString(deterministic=True))
+        os.replace(staged, target)
+    return target
+
+
+@contextlib.contextmanager
+def _staging(target: Path) -> Iterator[Path]:
+    """A temporary folder on the target's file system, removed at the end."""
+    if target.is_dir():
+        raise ModelError(f"cannot write {target}: it is a folder; name a file")
+    if not target.parent.is_dir():
+        raise ModelError(f"cannot write {target}: the folder {target.parent} does not exist")
+    try:
+        with tempfile.TemporaryDirectory(prefix=".qdqtool-", dir=target.parent) as folder:
+            yield Path(folder)
+    except OSError as error:
+        raise ModelError(f"cannot write {target}: {error}") from error

@@ -1,0 +1,39 @@
+"""What the runtime really made of a Q/DQ graph: integer kernels, float operators, conversions left over."""
+
+from __future__ import annotations
+
+import tempfile
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import onnx
+
+from qdqtool import runtime
+
+_INTEGER_OPS = frozenset(
+    {"QGemm", "MatMulIntegerToFloat", "MatMulInteger", "ConvInteger", "DynamicQuantizeMatMul", "MatMulNBits", "QAttention"}
+)
+
+
+def is_integer_kernel(op: str) -> bool:
+    """Whether an operator of an optimized graph computes on integer codes."""
+    return op.startswith("QLinear") or op in _INTEGER_OPS
+
+
+def _nodes(graph: onnx.GraphProto) -> Iterator[onnx.NodeProto]:
+    for node in graph.node:
+        yield node
+        for attribute in node.attribute:
+            if attribute.type == onnx.AttributeProto.GRAPH:
+                yield from _nodes(attribute.g)
+
+
+def load_and_count(proto: onnx.ModelProto, *, provider: str = "cpu") -> tuple[dict[str, int], Any]:
+    """Load a model with all optimizations; returns operator -> count in the graph that really runs, and the session."""
+    with tempfile.TemporaryDirectory(prefix="qdqtool-") as folder:
+        path = Path(folder) / "optimized.onnx"
+        active = runtime.session(proto, provider=provider, optimized_path=path)
+        optimized = onnx.load(path)
+    return dict(Counter(node.op_type for node in _nodes(optimized.graph)).most_common()), active

@@ -1,0 +1,112 @@
+"""What will be quantized and how, before any number is known: values that can be printed and compared.
+
+A plan's key is a *use* (a node reading a tensor at one input) or an *output* (a tensor as its producer puts it out). One tensor may be
+int8 for one reader and float for another, and one bias may serve two layers; uses that agree share one Q/DQ pair when inserted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+
+from qdqtool.spec import QuantizedWeight, QuantParams, QuantSpec
+
+
+@dataclass(frozen=True)
+class Use:
+    """Node ``node`` of graph ``graph`` ("" for the top) reading its input ``index``."""
+
+    node: str
+    index: int
+    graph: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.graph}::{self.node}::{self.index}"
+
+
+@dataclass(frozen=True)
+class Output:
+    """Tensor ``tensor`` as its producer in graph ``graph`` puts it out; every reader then reads the quantized tensor."""
+
+    tensor: str
+    graph: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.graph}::{self.tensor}"
+
+
+Key = Use | Output
+
+
+@dataclass(frozen=True)
+class SharedWith:
+    """Quantized with exactly the parameters of another key (a Concat's inputs, what a MaxPool hands on)."""
+
+    key: Key
+
+
+@dataclass(frozen=True)
+class DerivedFrom:
+    """A bias in int32 whose scale is the product of an activation's and a weight's scale, and whose zero point is 0."""
+
+    activation: Key
+    weight: Key
+
+
+Entry = QuantSpec | SharedWith | DerivedFrom
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Every key that will be quantized.
+
+    Attributes:
+        entries: what happens at each key.
+        tensors: the tensor that each key reads or puts out.
+        constants: keys whose tensor is a constant, so that its codes are stored in the file.
+        kernels: nodes that are to run in integer arithmetic on the target, by name -> operator.
+        weight_only: nodes whose weight alone is stored in integers.
+    """
+
+    entries: Mapping[Key, Entry] = field(default_factory=dict)
+    tensors: Mapping[Key, str] = field(default_factory=dict)
+    constants: frozenset[Key] = frozenset()
+    kernels: Mapping[str, str] = field(default_factory=dict)
+    weight_only: frozenset[str] = frozenset()
+
+    def resolve(self, key: Key) -> Key:
+        """The key whose parameters ``key`` uses, at the end of a chain of sharing."""
+        entry = self.entries[key]
+        while isinstance(entry, SharedWith):
+            key = entry.key
+            entry = self.entries[key]
+        return key
+
+    def specs(self) -> Iterator[tuple[Key, QuantSpec]]:
+        """Keys that have a spec of their own, in order."""
+        for key, entry in self.entries.items():
+            if isinstance(entry, QuantSpec):
+                yield key, entry
+
+    def observed(self) -> tuple[str, ...]:
+        """Tensors whose statistics are needed, in order, once each."""
+        wanted = [
+            self.tensors[key] for key, spec in self.specs() if key not in self.constants and spec.fixed is None
+        ]
+        return tuple(dict.fromkeys(wanted))
+
+    def activation_of(self, node: str, index: int, tensor: str) -> Key | None:
+        """The key under which a node's input is quantized: its own use, or what its tensor's producer puts out."""
+        for key in (Use(node, index), Output(tensor)):
+            if key in self.entries:
+                return key
+        return None
+
+
+Parameters = Mapping[Key, QuantParams | QuantizedWeight]
+"""Numbers for every key that has a spec of its own; shared and derived keys follow from them."""
+
+
+def params_of(value: QuantParams | QuantizedWeight) -> QuantParams:
+    """The scale and zero point behind either kind of value."""
+    return value.params if isinstance(value, QuantizedWeight) else value

@@ -1,0 +1,1 @@
+"""Result values to what a person or a program reads."""

@@ -1,0 +1,171 @@
+"""The result of a run as plain values: what was decided, what it measured, what was left out and why."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from typing import Any
+
+import onnx
+
+import qdqtool
+from qdqtool import model as models
+from qdqtool.compare import Comparison
+from qdqtool.passes_api import Skip, State, Timing
+from qdqtool.placement import is_integer_kernel
+from qdqtool.plan import params_of
+from qdqtool.spec import QuantizedWeight
+
+
+@dataclass(frozen=True)
+class QuantizedTensor:
+    """One tensor that got integers.
+
+    Attributes:
+        key: use or output, ``graph::node::input`` or ``graph::tensor``.
+        tensor: name in the prepared model.
+        kind: "activation" or "constant".
+        spec: format, symmetry and granularity in words.
+        method: who chose the range.
+        lo, hi: ends of the range (of all channels together).
+        observed: least and greatest value seen, where it was observed.
+    """
+
+    key: str
+    tensor: str
+    kind: str
+    spec: str
+    method: str
+    lo: float
+    hi: float
+    observed: tuple[float, float] | None = None
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Bytes of the float and the quantized model, and of what the quantized one consists of."""
+
+    float_bytes: int
+    quantized_bytes: int
+    parts: Mapping[str, int]
+
+
+@dataclass(frozen=True)
+class Report:
+    """Everything a run found out; :meth:`to_json` gives it to programs."""
+
+    versions: Mapping[str, str]
+    recipe: Mapping[str, Any]
+    float_sha256: str
+    samples: int
+    synthetic: bool
+    opset: int
+    tensors: tuple[QuantizedTensor, ...]
+    layers: Mapping[str, str]
+    weight_only: tuple[str, ...]
+    skipped: tuple[Skip, ...]
+    notes: tuple[str, ...]
+    sizes: Sizes
+    verification: Comparison | None
+    kernels: Mapping[str, int]
+    timings: tuple[Timing, ...]
+    evaluation: Comparison | None = field(default=None)
+
+    @property
+    def integer_kernels(self) -> int:
+        """Operators that the runtime runs on integer codes."""
+        return sum(count for op, count in self.kernels.items() if is_integer_kernel(op))
+
+    @property
+    def seconds(self) -> float:
+        """Wall time of all passes."""
+        return sum(t.seconds for t in self.timings)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values; infinite figures become the strings "inf" and "-inf"."""
+        values: dict[str, Any] = _plain(dataclasses.asdict(self))
+        return values
+
+    def to_json(self) -> str:
+        """The report as indented JSON."""
+        return json.dumps(self.to_dict(), indent=2, allow_nan=False)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {str(k): _plain(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(v) for v in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    return value
+
+
+def make_report(state: State, proto: onnx.ModelProto, timings: tuple[Timing, ...], *, synthetic: bool) -> Report:
+    """Gather the report of a finished run from its state."""
+    assert state.original is not None
+    assert state.plan is not None
+    return Report(
+        versions={"qdqtool": qdqtool.__version__, **{n: _version(n) for n in ("onnx", "onnxruntime", "numpy")}},
+        recipe=json.loads(state.recipe.to_json()),
+        float_sha256=models.fingerprint(state.original),
+        samples=state.statistics.samples if state.statistics is not None else 0,
+        synthetic=synthetic,
+        opset=models.opset(proto),
+        tensors=tuple(_tensors(state)),
+        layers=dict(state.plan.kernels),
+        weight_only=tuple(sorted(state.plan.weight_only)),
+        skipped=tuple(dict.fromkeys(state.skipped)),
+        notes=tuple(state.notes),
+        sizes=Sizes(models.size(state.original), models.size(proto), _parts(proto)),
+        verification=state.verified,
+        kernels=state.kernels,
+        timings=timings,
+    )
+
+
+def _version(package: str) -> str:
+    if package == "onnxruntime":
+        import onnxruntime
+
+        return str(onnxruntime.__version__)
+    return version(package)
+
+
+def _tensors(state: State) -> list[QuantizedTensor]:
+    assert state.plan is not None
+    found = []
+    for key, value in (state.params or {}).items():
+        params, name = params_of(value), state.plan.tensors[key]
+        stats = state.statistics.tensors.get(name) if state.statistics is not None else None
+        chosen = params.range
+        found.append(
+            QuantizedTensor(
+                key=str(key),
+                tensor=name,
+                kind="constant" if isinstance(value, QuantizedWeight) else "activation",
+                spec=str(params.spec),
+                method=params.method,
+                lo=float(chosen.lo.min()),
+                hi=float(chosen.hi.max()),
+                observed=None if stats is None or isinstance(value, QuantizedWeight) else (stats.lo, stats.hi),
+            )
+        )
+    return found
+
+
+def _parts(proto: onnx.ModelProto) -> dict[str, int]:
+    """Bytes of the file by what they hold; everything is accounted for."""
+    parts: dict[str, int] = {}
+    for tensor in proto.graph.initializer:
+        kind = f"{onnx.TensorProto.DataType.Name(tensor.data_type).lower()} constants"
+        parts[kind] = parts.get(kind, 0) + tensor.ByteSize()
+    parts["metadata"] = sum(entry.ByteSize() for entry in proto.metadata_props)
+    parts["graph and names"] = proto.ByteSize() - sum(parts.values())
+    return parts
+
+

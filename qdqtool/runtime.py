@@ -1,0 +1,176 @@
+"""The only module that creates ONNX Runtime sessions: providers, options, and quiet failure where a provider cannot load."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import functools
+import os
+import sys
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from importlib.metadata import PackageNotFoundError, distribution
+from pathlib import Path
+from typing import Any, Final, Literal
+
+import numpy.typing as npt
+import onnx
+
+from qdqtool import model as models
+from qdqtool.errors import ModelError, RuntimeUnavailableError
+
+Provider = Literal["auto", "cpu", "cuda", "tensorrt"]
+PROVIDERS: Final[Mapping[str, tuple[str, ...]]] = {
+    "cpu": ("CPUExecutionProvider",),
+    "cuda": ("CUDAExecutionProvider", "CPUExecutionProvider"),
+    "tensorrt": ("TensorrtExecutionProvider", "CUDAExecutionProvider", "CPUExecutionProvider"),
+}
+_PROTOBUF_LIMIT: Final = 2**31 - 1
+
+
+def session(
+    proto: onnx.ModelProto,
+    *,
+    provider: str = "cpu",
+    optimize: bool = True,
+    threads: int = 0,
+    config: Mapping[str, str] | None = None,
+    optimized_path: str | Path | None = None,
+) -> Any:
+    """Create an ``onnxruntime.InferenceSession`` that prints nothing of its own.
+
+    Args:
+        proto: the model; over 2 GB it is handed over through a temporary file.
+        provider: a key of :data:`PROVIDERS`, already known to load (see :func:`resolve_provider`).
+        optimize: all graph optimizations (integer kernels), or none (every node as written).
+        threads: intra-op threads; 0 leaves the choice to the runtime.
+        config: session configuration entries.
+        optimized_path: where the runtime saves the graph it really runs.
+
+    Raises:
+        ModelError: the runtime refuses the model; its own words are part of the message.
+    """
+    import onnxruntime as ort
+
+    options = ort.SessionOptions()
+    options.log_severity_level = 4
+    options.intra_op_num_threads = threads
+    level = ort.GraphOptimizationLevel
+    options.graph_optimization_level = level.ORT_ENABLE_ALL if optimize else level.ORT_DISABLE_ALL
+    for key, value in (config or {}).items():
+        options.add_session_config_entry(key, value)
+    if optimized_path is not None:
+        options.optimized_model_filepath = str(optimized_path)
+    try:
+        if proto.ByteSize() < _PROTOBUF_LIMIT:
+            return ort.InferenceSession(proto.SerializeToString(), options, providers=list(PROVIDERS[provider]))
+        with tempfile.TemporaryDirectory(prefix="qdqtool-") as folder:
+            path = models.save(proto, Path(folder) / "model.onnx", external_data=True)
+            return ort.InferenceSession(str(path), options, providers=list(PROVIDERS[provider]))
+    except Exception as error:  # the runtime's own exceptions share no base but Exception
+        raise ModelError(f"ONNX Runtime {ort.__version__} does not load the model: {error}") from error
+
+
+def run(active: Any, names: Sequence[str] | None, feeds: Mapping[str, npt.NDArray[Any]]) -> list[npt.NDArray[Any]]:
+    """Run a session; ModelError carries the runtime's message, which names the node."""
+    try:
+        outputs: list[npt.NDArray[Any]] = active.run(names, dict(feeds))
+    except Exception as error:  # as in session()
+        shapes = ", ".join(f"{name} {value.dtype}{list(value.shape)}" for name, value in feeds.items())
+        raise ModelError(f"ONNX Runtime cannot run the model on inputs {shapes}: {error}") from error
+    return outputs
+
+
+def optimized(proto: onnx.ModelProto, *, provider: str = "cpu") -> onnx.ModelProto:
+    """The graph that the runtime really runs after all its optimizations."""
+    with tempfile.TemporaryDirectory(prefix="qdqtool-") as folder:
+        path = Path(folder) / "optimized.onnx"
+        session(proto, provider=provider, optimized_path=path)
+        return onnx.load(path)
+
+
+def resolve_provider(wanted: str) -> tuple[str, str | None]:
+    """Choose the execution provider.
+
+    Returns:
+        A key of :data:`PROVIDERS`, and one line for the user where "auto" fell back to the CPU (None otherwise).
+
+    Raises:
+        RuntimeUnavailableError: the provider asked for by name cannot load here.
+    """
+    if wanted == "cpu":
+        return "cpu", None
+    reason = _why_no_gpu("tensorrt" if wanted == "tensorrt" else "cuda")
+    if reason is None:
+        return ("cuda" if wanted == "auto" else wanted), None
+    if wanted == "auto":
+        return "cpu", f"No CUDA provider ({reason}): measuring on the CPU provider."
+    raise RuntimeUnavailableError(f"the {wanted} provider cannot load here: {reason}. Use --provider cpu, or install qdqtool[cuda]")
+
+
+@functools.cache
+def _why_no_gpu(provider: str) -> str | None:
+    """Why the provider cannot load, in one line; None where it can.
+
+    The driver is asked before the runtime is, because a provider that fails to load prints errors from native code.
+    """
+    import onnxruntime as ort
+
+    name = PROVIDERS[provider][0]
+    if name not in ort.get_available_providers():
+        return f"this build of onnxruntime ({ort.__version__}) has no {name}"
+    try:
+        driver = ctypes.CDLL("nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1")
+    except OSError:
+        return "no NVIDIA driver was found"
+    count = ctypes.c_int(0)
+    if driver.cuInit(0) != 0 or driver.cuDeviceGetCount(ctypes.byref(count)) != 0 or count.value == 0:
+        return "the NVIDIA driver reports no device"
+    with quiet_native():
+        if hasattr(ort, "preload_dlls"):
+            ort.preload_dlls()
+        found = session(_tiny_model(), provider=provider).get_providers()
+    return None if name in found else f"{name} failed to load its libraries (CUDA, cuDNN or TensorRT)"
+
+
+def _tiny_model() -> onnx.ModelProto:
+    text = '<ir_version: 8, opset_import: ["" : 17]> g (float[1] x) => (float[1] y) { y = Identity(x) }'
+    return onnx.parser.parse_model(text)
+
+
+@contextlib.contextmanager
+def quiet_native() -> Iterator[None]:
+    """Send what native code writes to standard error to nowhere for a while."""
+    sys.stderr.flush()
+    saved = os.dup(2)
+    try:
+        with open(os.devnull, "wb") as sink:
+            os.dup2(sink.fileno(), 2)
+        yield
+    finally:
+        os.dup2(saved, 2)
+        os.close(saved)
+
+
+def conflicting_packages() -> str | None:
+    """A line for the user where both onnxruntime and onnxruntime-gpu are installed; they overwrite each other's files."""
+    found = []
+    for name in ("onnxruntime", "onnxruntime-gpu"):
+        with contextlib.suppress(PackageNotFoundError):
+            found.append(distribution(name).metadata["Name"])
+    if len(found) < 2:
+        return None
+    return (
+        "Both onnxruntime and onnxruntime-gpu are installed and overwrite each other's files. Mend it with: "
+        "pip uninstall -y onnxruntime onnxruntime-gpu && pip install onnxruntime-gpu"
+    )
+
+
+def saturates_u8s8() -> bool:
+    """Whether this x86 processor lacks VNNI, so that 16-bit sums of u8 x s8 products saturate."""
+    try:
+        flags = Path("/proc/cpuinfo").read_text(encoding="ascii", errors="ignore")
+    except OSError:
+        return False
+    return "avx2" in flags and "avx512_vnni" not in flags and "avx_vnni" not in flags
+

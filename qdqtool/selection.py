@@ -1,0 +1,108 @@
+"""What a recipe says about nodes and tensors by name, resolved against one model; names that match nothing are errors."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Literal
+
+from qdqtool.errors import RecipeError, nearest
+from qdqtool.recipe import Override, match_names
+from qdqtool.spec import PER_TENSOR, QuantSpec, number_format
+
+if TYPE_CHECKING:
+    import onnx_graphsurgeon as gs
+
+    from qdqtool.passes_api import State
+
+
+@dataclass(frozen=True)
+class SpecOverride:
+    """A user's override as it applies to a spec."""
+
+    override: Override
+
+    @property
+    def granularity(self) -> Literal["per_tensor", "per_channel"] | None:
+        """The granularity asked for."""
+        return self.override.granularity
+
+    def on(self, spec: QuantSpec) -> QuantSpec:
+        """The spec with what the override names changed."""
+        wanted = self.override
+        if wanted.dtype is not None:
+            spec = replace(spec, format=number_format(wanted.dtype), bits=None)
+        if wanted.symmetric is not None:
+            spec = replace(spec, symmetric=wanted.symmetric, narrow=wanted.symmetric)
+        if wanted.granularity == "per_tensor":
+            spec = replace(spec, granularity=PER_TENSOR)
+        if wanted.range is not None:
+            spec = replace(spec, fixed=wanted.range)
+        return spec
+
+
+class Selection:
+    """Which nodes a recipe leaves out and what it overrides; fused nodes answer to the names of all their parts."""
+
+    def __init__(self, state: State) -> None:
+        """Resolve the recipe's names; RecipeError names the nearest where one matches nothing."""
+        recipe = state.recipe
+        self._origins = state.origins
+        self._user_tensors = state.user_tensors
+        names = state.user_nodes | {node.name for node in state.graph.nodes}
+        self._excluded = match_names(recipe.nodes_to_exclude, names, "nodes_to_exclude")
+        chosen = recipe.nodes_to_quantize
+        self._chosen = None if chosen is None else match_names(chosen, names, "nodes_to_quantize")
+        self._ops = None if recipe.op_types_to_quantize is None else set(recipe.op_types_to_quantize)
+        self._nodes = {pattern: SpecOverride(override) for pattern, override in recipe.nodes.items()}
+        self._tensors = {name: SpecOverride(override) for name, override in recipe.tensors.items()}
+        match_names(self._nodes, names, "nodes override")
+        self._check_operators(state)
+
+    def _check_operators(self, state: State) -> None:
+        known = set(state.target.by_op) | {node.op for node in state.graph.nodes}
+        for op in self._ops or ():
+            if op not in known:
+                raise RecipeError(
+                    f"op_types_to_quantize {op!r} is no operator that target {state.target.name} or the model knows."
+                    f"{nearest(op, known)}"
+                )
+
+    def check_tensors(self, planned: Iterable[str]) -> None:
+        """Refuse overrides of tensors that are not quantized; RecipeError says whether the name exists at all."""
+        known = set(planned)
+        for name in self._tensors:
+            if name in known:
+                continue
+            if name in self._user_tensors:
+                raise RecipeError(
+                    f"tensors override {name!r}: the plan does not quantize this tensor (it stays float, or was fused away)."
+                    f"{nearest(name, known)} See the plan with --dry-run"
+                )
+            raise RecipeError(f"tensors override {name!r} matches no tensor.{nearest(name, known | self._user_tensors)}")
+
+    def left_out(self, node: gs.Node) -> str | None:
+        """Why the user leaves the node float; None where they do not."""
+        parts = {node.name, *self._origins.get(node.name, ())}
+        hit = parts & self._excluded
+        if hit:
+            return f"excluded by name ({min(hit)})"
+        if self._chosen is not None and not parts & self._chosen:
+            return "not among nodes_to_quantize"
+        if self._ops is not None and node.op not in self._ops:
+            return f"{node.op} is not among op_types_to_quantize"
+        return None
+
+    def node_override(self, node: gs.Node) -> SpecOverride | None:
+        """The override whose pattern matches the node or one of its parts; the first in the recipe's order."""
+        parts = {node.name, *self._origins.get(node.name, ())}
+        for pattern, override in self._nodes.items():
+            if any(re.fullmatch(pattern, part) for part in parts):
+                return override
+        return None
+
+    def on_tensor(self, tensor: gs.Tensor, spec: QuantSpec) -> QuantSpec:
+        """The spec of a tensor after the user's override by its name."""
+        override = self._tensors.get(tensor.name)
+        return spec if override is None else override.on(spec)

@@ -1,0 +1,158 @@
+"""What one execution provider runs in integers, as data: number formats, operators, and where Q/DQ belong.
+
+The facts were found on onnxruntime 1.31 by building each form, loading it and reading the optimized graph back. A table of rules is
+all that the planner knows of a target.
+"""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import Final
+
+from qdqtool.errors import RecipeError, nearest
+
+
+class Emit(enum.StrEnum):
+    """What becomes of the output of an operator whose inputs come in integers."""
+
+    ALWAYS = "quantized: the integer kernel puts out integers"
+    WANTED = "quantized where a reader wants integers, else float"
+    SAME = "integers with the parameters of its first input: values are only moved or selected"
+    NEVER = "float"
+
+
+@dataclass(frozen=True)
+class OpRule:
+    """How one operator is quantized on a target.
+
+    Attributes:
+        op: operator of the default domain.
+        activations: inputs that are quantized as activations; None: all.
+        weight: whether input 1, where constant, is quantized as a weight and input 2 (or a following Add) is a bias.
+        output: what becomes of the result.
+        follows: quantized only where its activations come in integers anyway, because converting them for this operator
+            alone costs more than its integer kernel gains.
+        weight_only: there is no integer kernel, the weight alone is stored in integers.
+        bound: interval that the results never leave.
+        min_opset: least opset in which the runtime knows the integer form.
+        kernel: whether the runtime drops the Q/DQ around it; else it runs in float between them, and loses nothing by it.
+    """
+
+    op: str
+    activations: tuple[int, ...] | None = (0,)
+    weight: bool = False
+    output: Emit = Emit.ALWAYS
+    follows: bool = True
+    weight_only: bool = False
+    bound: tuple[float, float] | None = None
+    min_opset: int = 0
+    kernel: bool = True
+
+
+@dataclass(frozen=True)
+class Target:
+    """An execution provider as the planner sees it.
+
+    Attributes:
+        name: what users call it.
+        summary: one line for listings.
+        providers: onnxruntime's provider names, in the order a session asks for them.
+        activation: number format of activations.
+        activation_symmetric: whether activations need zero point 0.
+        weight: number format of weights, always symmetric.
+        bias_int32: whether the kernels take the bias as int32 behind a DequantizeLinear.
+        absorbed: activation functions that vanish into the Q behind a kernel.
+        residual: at an Add that follows a convolution, only the other branch is quantized, so that Conv, Add and Relu fuse.
+        share_concat: inputs of a Concat that nothing else reads take over the Concat's range, which makes it a copy.
+        rules: one entry an operator.
+    """
+
+    name: str
+    summary: str
+    providers: tuple[str, ...]
+    activation: str
+    activation_symmetric: bool
+    bias_int32: bool
+    weight: str = "int8"
+    absorbed: frozenset[str] = frozenset()
+    residual: bool = False
+    share_concat: bool = False
+    rules: tuple[OpRule, ...] = ()
+    by_op: MappingProxyType[str, OpRule] = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "by_op", MappingProxyType({rule.op: rule for rule in self.rules}))
+
+
+def _moves(*ops: str, output: Emit = Emit.SAME) -> tuple[OpRule, ...]:
+    return tuple(OpRule(op, output=output) for op in ops)
+
+
+_CPU: Final = Target(
+    name="cpu",
+    summary="ONNX Runtime's CPU provider on x86: uint8 activations, int8 weights per channel, int32 bias",
+    providers=("CPUExecutionProvider",),
+    activation="uint8",
+    activation_symmetric=False,
+    bias_int32=True,
+    absorbed=frozenset({"Relu", "Clip"}),
+    share_concat=True,
+    rules=(
+        OpRule("Conv", weight=True, follows=False),
+        OpRule("Gemm", weight=True, output=Emit.WANTED, follows=False),
+        OpRule("MatMul", (0, 1), weight=True, output=Emit.WANTED, follows=False),
+        OpRule("ConvTranspose", (), weight=True, weight_only=True, output=Emit.NEVER, follows=False),
+        OpRule("Add", None),
+        OpRule("Mul", None),
+        OpRule("Concat", None),
+        OpRule("Where", (1, 2)),
+        OpRule("AveragePool"),
+        OpRule("GlobalAveragePool"),
+        OpRule("LeakyRelu"),
+        OpRule("Sigmoid", bound=(0.0, 1.0)),
+        OpRule("Softmax", bound=(0.0, 1.0)),
+        OpRule("MaxPool", output=Emit.SAME, min_opset=12),
+        *_moves("Reshape", "Flatten", "Squeeze", "Unsqueeze", "Transpose", "Slice", "Split", "Gather", "GatherElements"),
+        *_moves("Expand", "Tile", "DepthToSpace", "Resize", "ReduceMax"),
+        OpRule("Pad", output=Emit.SAME, kernel=False),
+    ),
+)
+
+_TENSORRT: Final = Target(
+    name="tensorrt",
+    summary="TensorRT: symmetric int8 inputs of Conv, Gemm and MatMul, int8 weights per channel, float bias",
+    providers=("TensorrtExecutionProvider", "CUDAExecutionProvider", "CPUExecutionProvider"),
+    activation="int8",
+    activation_symmetric=True,
+    bias_int32=False,
+    residual=True,
+    rules=(
+        OpRule("Conv", weight=True, output=Emit.NEVER, follows=False),
+        OpRule("ConvTranspose", weight=True, output=Emit.NEVER, follows=False),
+        OpRule("Gemm", weight=True, output=Emit.NEVER, follows=False),
+        OpRule("MatMul", (0, 1), weight=True, output=Emit.NEVER, follows=False),
+    ),
+)
+
+_CUDA: Final = Target(
+    name="cuda",
+    summary="placed as for TensorRT: accurate on the CUDA provider, fast where TensorRT compiles the file",
+    providers=("CUDAExecutionProvider", "CPUExecutionProvider"),
+    activation=_TENSORRT.activation,
+    activation_symmetric=_TENSORRT.activation_symmetric,
+    bias_int32=_TENSORRT.bias_int32,
+    residual=_TENSORRT.residual,
+    rules=_TENSORRT.rules,
+)
+
+TARGETS: Final = {target.name: target for target in (_CPU, _CUDA, _TENSORRT)}
+
+
+def target(name: str) -> Target:
+    """Look a target up by name; RecipeError names the nearest known one."""
+    try:
+        return TARGETS[name]
+    except KeyError:
+        raise RecipeError(f"unknown target {name!r}; known: {', '.join(TARGETS)}.{nearest(name, TARGETS)}") from None
