@@ -1,8 +1,8 @@
 """ACIQ with the prior that suits the tensor: the clip of a Laplace or of a Gaussian distribution.
 
-Banner et al. choose the prior by its distance to the data. What a prior is wanted for is its clip, so the two clips are compared
-by the squared error each makes on the histogram (:func:`qdqtool.affine.expected_error`); on data of either distribution that
-finds the distribution.
+Banner et al. choose the prior by its distance to the data. What a prior is wanted for is its clip, so the two clips
+are compared by the squared error each makes on the histogram (:func:`qdqtool.affine.expected_error`); on data of
+either distribution that finds the distribution.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """The clip that is optimal for a Gaussian prior (ACIQ).
 
-Two-sided [m - α, m + α], α/σ minimising (1 + α²)(1 - erf(α/√2)) - √(2/π)·α·e^(-α²/2) + α²/(3n²); one-sided data, as behind a ReLU,
-[0, α] with σ² = E[Y² | Y > 0] and α²/(12n²) as the last term. Banner et al.: Post-training 4-bit quantization of convolution
-networks for rapid-deployment, 2019.
+Two-sided [m - α, m + α], α/σ minimising (1 + α²)(1 - erf(α/√2)) - √(2/π)·α·e^(-α²/2) + α²/(3n²); one-sided data, as
+behind a ReLU, [0, α] with σ² = E[Y² | Y > 0] and α²/(12n²) as the last term. Banner et al.: Post-training 4-bit
+quantization of convolution networks for rapid-deployment, 2019.
 """
 
 from __future__ import annotations
@@ -19,7 +19,10 @@ from qdqtool.statistics import TensorStatistics
 
 @dataclass(frozen=True)
 class AciqGauss:
-    """Optimal clip of a Gaussian prior, never beyond what was seen; exact zeros do not count, as they are kept without error."""
+    """Optimal clip of a Gaussian prior, never beyond what was seen.
+
+    Exact zeros do not count, as they are kept without error.
+    """
 
     name: ClassVar[str] = "aciq_gauss"
     needs: ClassVar[frozenset[Stat]] = frozenset({Stat.EXTREMES, Stat.HISTOGRAM})

@@ -1,8 +1,9 @@
 """The clip that is optimal for a Laplace prior (ACIQ).
 
-Two-sided [m - α, m + α] with m = E X, b = E|X - m| and α = b·W(3n²), W being Lambert's function. One-sided data, as behind a ReLU,
-[0, α] with b = E[Y | Y > 0] and α = b·W(12n²): the zeros of a ReLU belong to the lower half of X and would shrink b; for m = 0
-what is left has exactly X's b. Banner et al.: Post-training 4-bit quantization of convolution networks for rapid-deployment, 2019.
+Two-sided [m - α, m + α] with m = E X, b = E|X - m| and α = b·W(3n²), W being Lambert's function. One-sided data, as
+behind a ReLU, [0, α] with b = E[Y | Y > 0] and α = b·W(12n²): the zeros of a ReLU belong to the lower half of X and
+would shrink b; for m = 0 what is left has exactly X's b. Banner et al.: Post-training 4-bit quantization of
+convolution networks for rapid-deployment, 2019.
 """
 
 from __future__ import annotations
@@ -18,7 +19,10 @@ from qdqtool.statistics import TensorStatistics
 
 @dataclass(frozen=True)
 class AciqLaplace:
-    """Optimal clip of a Laplace prior, never beyond what was seen; exact zeros do not count, as they are kept without error."""
+    """Optimal clip of a Laplace prior, never beyond what was seen.
+
+    Exact zeros do not count, as they are kept without error.
+    """
 
     name: ClassVar[str] = "aciq_laplace"
     needs: ClassVar[frozenset[Stat]] = frozenset({Stat.EXTREMES, Stat.HISTOGRAM})

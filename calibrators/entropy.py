@@ -1,13 +1,15 @@
-"""The threshold whose quantized distribution loses the least information (KL divergence).
+"""The range whose quantized distribution loses the least information (KL divergence).
 
-For a slice [a, b] of the histogram, cut into R bins a level: P is the slice with the clipped mass added to its edge bins, Q the
-slice *without* it, merged into the spec's levels and spread back evenly over each level's occupied bins; both are normalised, and
+For a slice [a, b] of the histogram, cut into R bins a level: P is the slice with the clipped mass added to its edge
+bins, Q the slice *without* it, merged into the spec's levels and spread back evenly over each level's occupied bins;
+both are normalised, and a and b minimise
 
-    KL(P‖Q) = Σ P log P - Σ P log Q,   minimal over a and b.
+    KL(P‖Q) = Σ P log P - Σ P log Q.
 
-With the clipped mass in Q the least slice would win with KL = 0. Every slice has the same number of bins: with bins of one width
-a narrow slice has fewer of them, and the noise of their counts, about (bins - levels)/2N, would favour it. Exact zeros are
-left out: they are kept without error, and a ReLU's would outweigh all else. Migacz: 8-bit inference with TensorRT, 2017.
+With the clipped mass in Q the least slice would win with KL = 0. Every slice has the same number of bins: with bins of
+one width a narrow slice has fewer of them, and the noise of their counts, about (bins - levels)/2N, would favour it.
+Exact zeros are left out: they are kept without error, and a ReLU's would outweigh all else. Migacz: 8-bit inference
+with TensorRT, 2017.
 """
 
 from __future__ import annotations
@@ -22,9 +24,9 @@ from qdqtool.distribution import Side, is_zero, partial_counts, within
 from qdqtool.spec import FloatArray, QuantSpec, Range
 from qdqtool.statistics import Bins, TensorStatistics
 
-_UNIFORM = 4096  # bins of equal width that the log histogram is cut into, mass spread in proportion
-_SLICE = 512  # bins of a slice
-_SHARES = np.linspace(1, 0.125, 29)  # candidates for an end, as shares of the histogram's
+_UNIFORM = 4096  # bins of equal width that the log histogram is cut into, its mass spread in proportion
+_SLICE = 512  # bins of a slice, about
+_SHARES = np.geomspace(1, 0.125, 20)  # candidates for an end, the widest first, as shares of the table's
 _ZOOMS = 12
 
 
@@ -32,15 +34,16 @@ _ZOOMS = 12
 class Entropy:
     """Minimises the KL divergence between the tensor's distribution and its quantized form.
 
-    One-sided and symmetric ranges search one threshold; others both ends, the farther one first. Formats of more than 256 levels
-    keep the whole range: their steps are finer than the bins.
+    One-sided and symmetric ranges search one threshold; others both ends, the farther one first. Formats of more than
+    256 levels keep the whole range: their steps are finer than the bins. An outlier beside which all other values share
+    a bin or two is kept as well: what they lose is not seen.
     """
 
     name: ClassVar[str] = "entropy"
     needs: ClassVar[frozenset[Stat]] = frozenset({Stat.EXTREMES, Stat.HISTOGRAM})
 
     def choose(self, stats: TensorStatistics, spec: QuantSpec) -> Range:
-        """Return the range of least divergence; the wider one on a tie."""
+        """Return the range of least divergence, the wider one among equals."""
         side = Side.of(stats, spec)
         levels = (spec.steps + 1) // 2 if side is Side.MAGNITUDE else spec.steps + 1
         if is_zero(stats) or 2 * levels > _SLICE:
@@ -52,17 +55,17 @@ class Entropy:
 
 
 def _search(bins: Bins, lo: float, hi: float, levels: int) -> tuple[float, float]:
-    """Ends of the slice of least divergence; magnitudes where ``lo`` is 0.
+    """Ends of the slice of least divergence; of magnitudes where ``lo`` is 0.
 
-    Where the least candidate wins, the histogram is cut at twice that value and searched again in finer bins.
+    Where the narrowest candidate wins, the histogram is cut at twice that end and searched again in finer bins.
     """
     for _ in range(_ZOOMS):
         shares = _sweeps(_Table(bins, lo, hi), levels)
-        if (shares > _SHARES[-1]).all():
-            break
         least = shares == _SHARES[-1]
+        if not least.any():
+            break
         lo, hi = np.where(least, 2 * shares, 1.0) * (lo, hi)
-        shares = np.where(least, 0.5, np.minimum(shares, 1.0))
+        shares = np.where(least, 0.5, shares)
     return lo * shares[0], hi * shares[1]
 
 
@@ -97,42 +100,43 @@ class _Table:
 def _sweeps(table: _Table, levels: int) -> FloatArray:
     """Shares of both ends with the least divergence: one end after the other, the farther one first and again.
 
-    Stops at the least candidate: the table is too coarse for it.
+    The widest candidate wins among those within the noise of the least divergence. Stops at the narrowest: the table
+    is too coarse for it.
     """
     shares = np.ones(2)
     order = [1] if table.lo == 0 else [0, 1, 0] if -table.lo > table.hi else [1, 0, 1]
     for end in order:
         candidates = np.tile(shares, (_SHARES.size, 1))
         candidates[:, end] = _SHARES
-        divergence = _divergence(table, candidates[:, 0] * table.lo, candidates[:, 1] * table.hi, levels)
-        shares = candidates[np.argmin(divergence)]
+        divergence, noise = _divergence(table, candidates[:, 0] * table.lo, candidates[:, 1] * table.hi, levels)
+        least = int(np.argmin(divergence))
+        shares = candidates[np.argmax(divergence <= divergence[least] + noise[least])]
         if shares[end] == _SHARES[-1]:
             break
     return shares
 
 
-def _divergence(table: _Table, lo: FloatArray, hi: FloatArray, levels: int) -> FloatArray:
-    """KL(P‖Q) of every slice [lo, hi], float64 (m,)."""
-    each = _SLICE // levels
-    grid = np.linspace(0, 1, levels * each + 1)
-    under = table.at(lo[:, None] + (hi - lo)[:, None] * grid)
+def _divergence(table: _Table, lo: FloatArray, hi: FloatArray, levels: int) -> tuple[FloatArray, FloatArray]:
+    """N·KL(P‖Q) of every slice [lo, hi] and the standard deviation that counts lend it; float64 (m,).
+
+    A slice that holds less than half of the values is out: one that holds next to none would be perfect.
+    """
+    each = min(_SLICE // levels, 8)
+    under = table.at(lo[:, None] + (hi - lo)[:, None] * np.linspace(0, 1, levels * each + 1))
     mass = np.maximum(np.diff(under, axis=1), 0)
-    kept = np.maximum(mass.sum(axis=1), np.finfo(np.float64).tiny)
     grouped = mass.reshape(lo.size, levels, each)
-    occupied = np.maximum((grouped > 0).sum(axis=2), 1)
-    level = grouped.sum(axis=2)
-    spread = level / (occupied * kept[:, None])  # Q of each occupied bin
-    cross = (level * _log(spread)).sum(axis=1)
-    own = (mass * _log(mass / table.total)).sum(axis=1)
+    level, occupied = grouped.sum(axis=2), np.count_nonzero(grouped, axis=2)
+    kept = np.maximum(level.sum(axis=1), 1)
+    log_q = _log(level / (np.maximum(occupied, 1) * kept[:, None]))
+    divergence = (mass * _log(mass / table.total)).sum(axis=1) - (level * log_q).sum(axis=1)
     beyond = np.maximum([under[:, 0], table.total - under[:, -1]], 0)
-    for bin_mass, q, clipped in zip((mass[:, 0], mass[:, -1]), (spread[:, 0], spread[:, -1]), beyond, strict=True):
-        whole = bin_mass + clipped
-        own += whole * _log(whole / table.total) - bin_mass * _log(bin_mass / table.total)
-        cross += clipped * _log(
-            np.where(bin_mass > 0, q, 1 / kept)
-        )  # smoothed as if one value lay in an empty edge bin
-    divergence: FloatArray = (own - cross) / table.total
-    return divergence
+    for end, clipped in zip((0, -1), beyond, strict=True):
+        inside = mass[:, end]
+        whole = inside + clipped
+        divergence += whole * _log(whole / table.total) - inside * _log(inside / table.total)
+        divergence -= clipped * np.where(inside > 0, log_q[:, end], -np.log(kept))  # smoothed: one value if empty
+    freedom = np.maximum(occupied - 1, 0).sum(axis=1)
+    return np.where(kept < table.total / 2, np.inf, divergence), np.sqrt((freedom + 1) / 2)
 
 
 def _log(x: FloatArray) -> FloatArray:

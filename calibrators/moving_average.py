@@ -1,8 +1,8 @@
 """An exponential moving average of each sample's least and greatest value.
 
-With x_i the least (greatest) value of sample i and c the weight of a new sample, r_0 = x_0 and r_i = (1 - c)·r_(i-1) + c·x_i, so
-r = (1 - c)^k·x_0 + Σ_{i=1..k} c·(1 - c)^(k-i)·x_i. Jacob et al.: Quantization and training of neural networks for efficient
-integer-arithmetic-only inference, 2018, section 3.1.
+With x_i the least (greatest) value of sample i and c the weight of a new sample, r_0 = x_0 and
+r_i = (1 - c)·r_(i-1) + c·x_i, so r = (1 - c)^k·x_0 + Σ_{i=1..k} c·(1 - c)^(k-i)·x_i. Jacob et al.: Quantization and
+training of neural networks for efficient integer-arithmetic-only inference, 2018, section 3.1.
 """
 
 from __future__ import annotations

@@ -1,9 +1,10 @@
 """The range of least expected squared error on the histogram, jointly over both ends when asymmetric.
 
-First the model E(a, b) of :mod:`qdqtool.distribution` (clipping plus Δ²/12) on a geometric grid over three decades, refined around
-its least cell; then the exact error of :func:`qdqtool.affine.expected_error` around that point, where end codes, the rounded
-zero point and discrete values count, with minmax among the candidates. Sung, Shin, Hwang: Resiliency of deep neural networks
-under quantization, 2015 (L2-optimal step); Choukroun et al.: Low-bit quantization of neural networks, 2019.
+First the model E(a, b) of :mod:`qdqtool.distribution` (clipping plus Δ²/12) on a geometric grid over three decades,
+refined around its least cell; then the exact error of :func:`qdqtool.affine.expected_error` around that point, where
+end codes, the rounded zero point and discrete values count, with minmax among the candidates. Sung, Shin, Hwang:
+Resiliency of deep neural networks under quantization, 2015 (L2-optimal step); Choukroun et al.: Low-bit quantization
+of neural networks, 2019.
 """
 
 from __future__ import annotations
@@ -21,8 +22,8 @@ from qdqtool.spec import FloatArray, QuantSpec, Range
 from qdqtool.statistics import TensorStatistics
 
 _RATIO = 0.85  # of neighbours on the coarse grid
-_GRID = _RATIO ** np.arange(44)  # down to 1/1000 of an observed end
-_BUDGET = 8000  # codes looked up in one round of exact scoring
+_GRID: FloatArray = _RATIO ** np.arange(44.0)  # down to 1/1000 of an observed end
+_BUDGET = 4000  # codes looked up in one round of exact scoring
 _FINE = 4095  # steps above which the model alone is exact enough
 
 
@@ -66,7 +67,7 @@ class _Search:
         points, most = (int(affordable**0.5), 15) if self.side is Side.BOTH else (int(affordable), 61)
         points = max(min(points, most), 3) | 1  # odd: the point itself stays among them
         spread = 1 + 2.4 / self.spec.steps**0.5
-        finer = spread ** (2 / (points - 1))
+        finer = spread ** (1.5 / (points - 1))
         return np.geomspace(1 / spread, spread, points), np.geomspace(1 / finer, finer, points)
 
     def ends(self, u: npt.ArrayLike, v: npt.ArrayLike) -> tuple[FloatArray, FloatArray]:

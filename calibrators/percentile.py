@@ -1,7 +1,7 @@
 """Ranges that leave out a fixed share of the values.
 
 With F⁻¹ the quantile function, [F⁻¹(1 - p), F⁻¹(p)]; of magnitudes [-F⁻¹(p), F⁻¹(p)] when symmetric. Wu et al.: Integer
-quantization for deep learning inference, 2020, section 4.
+quantization for deep learning inference, 2020.
 """
 
 from __future__ import annotations

@@ -3,8 +3,9 @@
     y = gamma (x - mean) / sqrt(var + epsilon) + beta = s x + t
     s = gamma / sqrt(var + epsilon),  t = beta - mean s
 
-so that, for x = W_c z + b_c, the layer gets the weight s_c W_c and the bias s_c b_c + t_c (Jacob et al., 2018, section 3.2).
-An Add or Mul by a constant between the two, as frameworks with a separate bias export it, folds along.
+so that, for x = W_c z + b_c, the layer gets the weight s_c W_c and the bias s_c b_c + t_c (Jacob et al., "Quantization
+and Training of Neural Networks for Efficient Integer-Arithmetic-Only Inference", CVPR 2018, section 3.2). An Add or Mul
+by a constant between the two, as frameworks with a separate bias export it, folds along.
 """
 
 from __future__ import annotations
@@ -16,7 +17,8 @@ import numpy as np
 import onnx_graphsurgeon as gs
 
 from qdqtool import graph as graphs
-from qdqtool.linear import ChannelMap, LinearLayer, absorb, arithmetic, constant_operand
+from qdqtool.channels import ChannelMap, constant_operand
+from qdqtool.linear import LinearLayer, absorb, arithmetic
 from qdqtool.passes_api import GRAPH_FACTS, Fact, State
 
 
@@ -57,7 +59,7 @@ def _fold(node: gs.Node, state: State, here: set[int], outputs: set[int], taken:
     if layer.channels != normalize.scale.size:
         return f"it has {normalize.scale.size} channels, {layer.node.name!r} has {layer.channels}"
     if layer.output_axis == -1 and layer.output_rank != 2:
-        return f"its channel axis is 1, {layer.node.name!r} makes channels along the last axis of a result not known to be of rank 2"
+        return f"its channels are axis 1, those of {layer.node.name!r} the last of a result not known to be of rank 2"
     total = ChannelMap.identity(normalize.scale.size)
     for step in between:
         change = arithmetic(step, layer)
@@ -68,7 +70,8 @@ def _fold(node: gs.Node, state: State, here: set[int], outputs: set[int], taken:
     reason = layer.scale_shift(total.scale, total.shift, taken)
     if reason is None:
         beta, gamma = (graphs.constant(node.inputs[i]) for i in (2, 1))
-        assert beta is not None and gamma is not None
+        assert beta is not None
+        assert gamma is not None
         absorb(layer, [*between, node], total, state)
         state.batchnorms[layer.node.outputs[0].name] = (beta.astype(np.float64), np.abs(gamma.astype(np.float64)))
     return reason

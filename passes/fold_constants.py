@@ -1,8 +1,8 @@
 """Evaluates everything that does not depend on the model's inputs.
 
-The nodes whose inputs are constants become one small model that onnxruntime runs once; Shape, Size, and Gather or Slice behind a
-Shape, are answered from known dimensions even where others are symbolic. Quantized weights are never folded back to float, and
-no small constant becomes a large one (ConstantOfShape, Expand, Tile) unless it ends up as a layer's weight.
+The nodes whose inputs are constants become one small model that onnxruntime runs once; what only reads dimensions is
+answered from those that are known. Quantized weights are never folded back to float, and no small constant becomes a
+large one (ConstantOfShape, Expand, Tile) unless it ends up as a layer's weight.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import onnx_graphsurgeon as gs
 from onnx_graphsurgeon.exporters.onnx_exporter import OnnxExporter
 
 from qdqtool import graph as graphs
+from qdqtool.dimensions import fold_dimensions
 from qdqtool.graph import Array
 from qdqtool.linear import LINEAR_OPS
 from qdqtool.passes_api import GRAPH_FACTS, Fact, State
@@ -27,8 +28,6 @@ _GROWTH: Final = 4  # a large result more than this many times its inputs is che
 _QUANTIZED: Final = frozenset({"QuantizeLinear", "DequantizeLinear", "DynamicQuantizeLinear"})
 _RANDOM: Final = frozenset({"RandomNormalLike", "RandomUniformLike", "Bernoulli", "Multinomial", "Dropout"})
 _KEPT: Final = _QUANTIZED | _RANDOM
-
-Dims = list[int | None]
 
 
 @dataclass(frozen=True)
@@ -45,7 +44,7 @@ class FoldConstants:
         outputs = graphs.output_ids(state.graph)
         changes = 0
         for _, graph in graphs.all_graphs(state.graph):
-            changes += _fold_dimensions(graph, outputs)
+            changes += fold_dimensions(graph, outputs)
             refused: dict[int, str] = {}
             while (folded := self._fold(graph, state, outputs, refused)) is None:
                 pass  # another round without the nodes just refused, which makes their inputs results
@@ -76,15 +75,14 @@ class FoldConstants:
             refused.update(wrong)
             return None
         for node in nodes:
-            node.inputs.clear()
-            node.outputs.clear()
+            graphs.unlink(node)
         for tensor, value in zip(results, values, strict=True):
             tensor.to_constant(value)
         return len(nodes)
 
 
 def _evaluable(graph: gs.Graph, outputs: set[int], refused: dict[int, str]) -> list[gs.Node]:
-    """The nodes, in order, whose values are known before the model runs; those left out for their size join ``refused``."""
+    """The nodes, in order, whose values are known beforehand; those left out for their size join ``refused``."""
     known: set[int] = set()
     candidates: list[gs.Node] = []
     for node in graph.nodes:
@@ -98,7 +96,11 @@ def _evaluable(graph: gs.Graph, outputs: set[int], refused: dict[int, str]) -> l
         if not all(t.is_empty() or graphs.is_constant(t) or id(t) in known for t in node.inputs):
             continue
         sizes = [_nbytes(tensor) for tensor in node.outputs if not tensor.is_empty()]
-        if id(node) not in weights and all(s is not None for s in sizes) and _blows_up(node, sum(s or 0 for s in sizes)):
+        if (
+            id(node) not in weights
+            and all(s is not None for s in sizes)
+            and _blows_up(node, sum(s or 0 for s in sizes))
+        ):
             refused[id(node)] = _too_large(sum(s or 0 for s in sizes))
             continue
         nodes.append(node)
@@ -116,7 +118,9 @@ def _is_evaluable(node: gs.Node, known: set[int]) -> bool:
 
 
 def _is_dense(tensor: gs.Tensor) -> bool:
-    return isinstance(tensor, gs.Constant) and not isinstance(getattr(tensor._values, "tensor", None), onnx.SparseTensorProto)
+    return isinstance(tensor, gs.Constant) and not isinstance(
+        getattr(tensor._values, "tensor", None), onnx.SparseTensorProto
+    )
 
 
 def _towards_weights(nodes: Sequence[gs.Node]) -> set[int]:
@@ -135,11 +139,13 @@ def _nbytes(tensor: gs.Tensor) -> int | None:
     shape, dtype = tensor.shape, tensor.dtype
     if shape is None or dtype is None or not all(isinstance(d, int) and d >= 0 for d in shape):
         return None
-    return math.prod(shape) * (2 if isinstance(dtype, int) else np.dtype(dtype).itemsize)
+    return int(math.prod(shape)) * (2 if isinstance(dtype, int) else np.dtype(dtype).itemsize)
 
 
 def _blows_up(node: gs.Node, size: int) -> bool:
-    return size > _LARGE and size > _GROWTH * sum(_nbytes(tensor) or 0 for tensor in node.inputs if not tensor.is_empty())
+    return size > _LARGE and size > _GROWTH * sum(
+        _nbytes(tensor) or 0 for tensor in node.inputs if not tensor.is_empty()
+    )
 
 
 def _too_large(size: int) -> str:
@@ -162,12 +168,18 @@ def _evaluate(
     results: Sequence[gs.Tensor],
     opset: int,
     ir_version: int,
+    *,
     given: Mapping[str, Array] | None = None,
 ) -> list[Array]:
     """Values of ``results``, computed by ``nodes`` alone; ``given`` holds further tensors they read."""
     import onnxruntime
 
-    read = {tensor.name: tensor for node in nodes for tensor in node.inputs if not tensor.is_empty() and id(tensor) not in made}
+    read = {
+        tensor.name: tensor
+        for node in nodes
+        for tensor in node.inputs
+        if not tensor.is_empty() and id(tensor) not in made
+    }
     given = given or {}
     graph = onnx.helper.make_graph(
         [OnnxExporter.export_node(node) for node in nodes],
@@ -175,7 +187,9 @@ def _evaluate(
         [],
         [onnx.helper.make_empty_tensor_value_info(tensor.name) for tensor in results],
         initializer=[
-            onnx.numpy_helper.from_array(given[name], name) if name in given else OnnxExporter.export_tensor_proto(tensor)
+            onnx.numpy_helper.from_array(given[name], name)
+            if name in given
+            else OnnxExporter.export_tensor_proto(tensor)
             for name, tensor in read.items()
         ],
     )
@@ -196,62 +210,9 @@ def _failing(nodes: Sequence[gs.Node], opset: int, ir_version: int) -> dict[int,
         tensors = [tensor for tensor in node.outputs if not tensor.is_empty()]
         if all(t.is_empty() or graphs.is_constant(t) or t.name in values for t in node.inputs):
             try:
-                results = _evaluate([node], set(), tensors, opset, ir_version, values)
+                results = _evaluate([node], set(), tensors, opset, ir_version, given=values)
             except Exception as error:
                 found[id(node)] = f"it cannot be evaluated: {str(error).strip().splitlines()[0]}"
             else:
                 values.update(zip((tensor.name for tensor in tensors), results, strict=True))
     return found
-
-
-def _fold_dimensions(graph: gs.Graph, outputs: set[int]) -> int:
-    """Answer Shape, Size, and Gather and Slice behind a Shape, from known dimensions; returns at how many nodes."""
-    partial: dict[int, Dims] = {}
-    changes = 0
-    for node in graph.nodes:
-        value = None if node.domain else _dimensions(node, partial)
-        if value is None or id(node.outputs[0]) in outputs:
-            continue
-        tensor = node.outputs[0]
-        flat = value if isinstance(value, list) else [value]
-        if None not in flat:
-            node.inputs.clear()
-            node.outputs.clear()
-            tensor.to_constant(np.array(value, dtype=np.int64))
-            changes += 1
-        elif isinstance(value, list):
-            partial[id(tensor)] = value
-    return changes
-
-
-def _dimensions(node: gs.Node, partial: Mapping[int, Dims]) -> Dims | int | None:
-    """What is known of a node's integer result: a list for one of rank 1, a number for a scalar, None for nothing."""
-    if node.op in ("Shape", "Size"):
-        shape = node.inputs[0].shape
-        if shape is None:
-            return None
-        dims: Dims = [d if isinstance(d, int) and d >= 0 else None for d in shape]
-        if node.op == "Shape":
-            return dims[node.attrs.get("start", 0) : node.attrs.get("end", len(dims))]
-        return None if None in dims else math.prod(d for d in dims if d is not None)
-    if node.op not in ("Gather", "Slice") or id(node.inputs[0]) not in partial:
-        return None
-    return _picked(node, partial[id(node.inputs[0])])
-
-
-def _picked(node: gs.Node, dims: Dims) -> Dims | int | None:
-    """What a Gather or Slice with constant operands takes from a vector of dimensions."""
-    operands = [graphs.constant(tensor) for tensor in node.inputs[1:]]
-    if not operands or any(values is None or values.size == 0 for values in operands):
-        return None
-    if node.op == "Gather":
-        indices = operands[0]
-        assert indices is not None
-        if indices.ndim > 1 or (np.abs(indices + 0.5) > len(dims)).any():
-            return None
-        return [dims[int(i)] for i in indices] if indices.ndim else dims[int(indices)]
-    start, end, *rest = (int(values.reshape(-1)[0]) for values in operands if values is not None)
-    step = rest[1] if len(rest) > 1 else 1
-    return dims[start:end:step] if step > 0 else None
-
-

@@ -1,8 +1,8 @@
 """Folds Mul, Div, Add and Sub by constants behind a linear layer into its weight and bias.
 
-A chain of them is one map y = s x + t per channel, composed in float64: (s, t) then (s', t') is (s s', t s' + t'). The layer's
-weight becomes s_c W_c and its bias s_c b_c + t_c. A MatMul that is not known to be of rank 2 has no bias: its chain becomes the
-scaled weight and one Add of t.
+A chain of them is one map y = s x + t per channel, composed in float64: (s, t) then (s', t') is (s s', t s' + t'). The
+layer's weight becomes s_c W_c and its bias s_c b_c + t_c. A MatMul that is not known to be of rank 2 has no bias: its
+chain becomes the scaled weight and one Add of t.
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ import numpy as np
 import onnx_graphsurgeon as gs
 
 from qdqtool import graph as graphs
-from qdqtool.linear import ChannelMap, LinearLayer, absorb, arithmetic, constant_operand, replace_constant, stored
+from qdqtool.channels import ChannelMap, constant_operand, stored
+from qdqtool.linear import LinearLayer, absorb, arithmetic, replace_constant
 from qdqtool.passes_api import GRAPH_FACTS, Fact, State
 
 
@@ -79,14 +80,18 @@ class FoldScaleShift:
         return len(chain)
 
 
-def _absorb_all(layer: LinearLayer, chain: list[gs.Node], total: ChannelMap, state: State, taken: set[str]) -> str | None:
+def _absorb_all(
+    layer: LinearLayer, chain: list[gs.Node], total: ChannelMap, state: State, taken: set[str]
+) -> str | None:
     reason = layer.scale_shift(total.scale, total.shift, taken)
     if reason is None:
         absorb(layer, chain, total, state)
     return reason
 
 
-def _leave_add(layer: LinearLayer, chain: list[gs.Node], total: ChannelMap, state: State, taken: set[str]) -> str | None:
+def _leave_add(
+    layer: LinearLayer, chain: list[gs.Node], total: ChannelMap, state: State, taken: set[str]
+) -> str | None:
     """Scale the weight and keep one node, an Add of the shift."""
     bias = stored(total.shift, np.dtype(layer.weight.dtype))
     if bias is None:
@@ -96,10 +101,10 @@ def _leave_add(layer: LinearLayer, chain: list[gs.Node], total: ChannelMap, stat
         return reason
     kept = next(node for node in reversed(chain) if node.op in ("Add", "Sub"))
     result, product = chain[-1].outputs[0], layer.node.outputs[0]
+    kept.outputs.clear()
     for node in chain:
-        node.outputs.clear()
         if node is not kept:
-            node.inputs.clear()
+            graphs.unlink(node)
     kept.op, kept.outputs = "Add", [result]
     operand = constant_operand(kept) or 0
     replace_constant(kept, operand, bias, f"{kept.name}.bias", taken)

@@ -1,9 +1,11 @@
 """Brings a matrix product and its bias into one form.
 
-    MatMul(x, W) + b        with x of rank 2  ->  Gemm(x, W, b)
-    MatMul(x, W) + b        of any other rank ->  Add(MatMul(x, W), b) with b of shape [N]
-    alpha x W + beta C                        ->  x (alpha W) + (beta C), as a factor in a bias's scale ruins integer arithmetic
-    Gemm(x, W) + b                            ->  Gemm(x, W, b)
+MatMul(x, W) + b        with x of rank 2  ->  Gemm(x, W, b)
+MatMul(x, W) + b        of any other rank ->  Add(MatMul(x, W), b) with b of shape [N]
+alpha x W + beta C                        ->  x (alpha W) + (beta C)
+Gemm(x, W) + b                            ->  Gemm(x, W, b)
+
+A factor left beside an integer bias, whose scale is S_x S_w, would ruin it.
 """
 
 from __future__ import annotations
@@ -15,8 +17,9 @@ import numpy as np
 import onnx_graphsurgeon as gs
 
 from qdqtool import graph as graphs
+from qdqtool.channels import constant_operand, stored
 from qdqtool.graph import Array
-from qdqtool.linear import ChannelMap, LinearLayer, absorb, arithmetic, constant_operand, replace_constant, stored
+from qdqtool.linear import LinearLayer, absorb, arithmetic, replace_constant
 from qdqtool.passes_api import GRAPH_FACTS, Fact, State
 
 
@@ -52,24 +55,24 @@ class FuseLinearBias:
         alpha, beta = float(node.attrs.get("alpha", 1.0)), float(node.attrs.get("beta", 1.0))
         changed = False
         if alpha != 1.0:
-            changed |= self._multiply(node, 1, alpha, "alpha", state, taken)
+            changed |= self._multiply(node, "alpha", state, taken)
         if layer.bias is not None and beta == 0.0:
             del node.inputs[2]
             changed = True
         elif layer.bias is not None and beta != 1.0:
-            changed |= self._multiply(node, 2, beta, "beta", state, taken)
+            changed |= self._multiply(node, "beta", state, taken)
         if layer.bias is None:
             node.attrs.pop("beta", None)
-        values = graphs.constant(layer.bias)
-        vector = layer.bias_values()
+        values, vector = graphs.constant(layer.bias), layer.bias_values()
         if values is not None and vector is not None and values.shape != vector.shape:
-            channels = cast(int, layer.channels)
-            replace_constant(node, 2, np.array(np.broadcast_to(values.reshape(-1), (channels,))), f"{node.name}.bias", taken)
+            spread = np.array(np.broadcast_to(values.reshape(-1), vector.shape))
+            replace_constant(node, 2, spread, f"{node.name}.bias", taken)
             changed = True
         return int(changed)
 
-    def _multiply(self, node: gs.Node, index: int, factor: float, attribute: str, state: State, taken: set[str]) -> bool:
+    def _multiply(self, node: gs.Node, attribute: str, state: State, taken: set[str]) -> bool:
         """Multiply a constant input by one of Gemm's factors and take the attribute away."""
+        index, factor = (1 if attribute == "alpha" else 2), float(node.attrs[attribute])
         values = graphs.constant(node.inputs[index])
         if values is None or not graphs.is_float(node.inputs[index]):
             state.skip(self.name, node.name, f"{attribute} = {factor:g} stays: input {index} is computed or no float")
@@ -108,7 +111,7 @@ class FuseLinearBias:
 
 def _normalize(add: gs.Node, layer: LinearLayer, taken: set[str]) -> int:
     """Product first, bias second and of shape [N]; returns whether that was not so."""
-    index, channels = cast(int, constant_operand(add)), layer.channels
+    index, channels = cast(int, constant_operand(add)), cast(int, layer.channels)
     values = cast(Array, graphs.constant(add.inputs[index]))
     if index == 1 and values.shape == (channels,):
         return 0

@@ -10,7 +10,6 @@ import onnx
 import onnx_graphsurgeon as gs
 from onnx_graphsurgeon.importers.onnx_importer import get_onnx_tensor_dtype
 
-from qdqtool import graph as graphs
 from qdqtool import model
 from qdqtool.passes_api import Fact, State
 
@@ -72,7 +71,9 @@ def _write_back(graph: gs.Graph, proto: onnx.GraphProto) -> int:
 
 
 def _computed(graph: gs.Graph) -> Iterable[gs.Variable]:
-    return (tensor for node in graph.nodes for tensor in node.outputs if isinstance(tensor, gs.Variable) and tensor.name)
+    return (
+        tensor for node in graph.nodes for tensor in node.outputs if isinstance(tensor, gs.Variable) and tensor.name
+    )
 
 
 def _learn(tensor: gs.Variable, value: onnx.ValueInfoProto) -> int:
@@ -96,4 +97,6 @@ def _dim(dim: onnx.TensorShapeProto.Dimension) -> int | str | None:
 def _merged(old: list[int | str | None] | None, new: list[int | str | None]) -> list[int | str | None]:
     if old is None or len(old) != len(new):
         return new
-    return [after if isinstance(after, int) or before is None else before for before, after in zip(old, new, strict=True)]
+    return [
+        after if isinstance(after, int) or before is None else before for before, after in zip(old, new, strict=True)
+    ]

@@ -1,4 +1,7 @@
-"""Turns Constant nodes into initializers, so that weights held in Constant nodes are seen as weights."""
+"""Turns Constant nodes into initializers, so that weights held in Constant nodes are seen as weights.
+
+An initializer that is a graph output too gets an Identity in between: passes may then replace it as any other.
+"""
 
 from __future__ import annotations
 
@@ -31,7 +34,7 @@ class LiftConstants:
 
     def run(self, state: State) -> int:
         """Lift every Constant node with a dense numeric value; returns how many."""
-        outputs = graphs.output_ids(state.graph)
+        outputs, taken = graphs.output_ids(state.graph), graphs.tensor_names(state.graph)
         changes = 0
         for _, graph in graphs.all_graphs(state.graph):
             kept = []
@@ -44,6 +47,7 @@ class LiftConstants:
                 if reason != "no Constant":
                     state.skip(self.name, node.name, reason)
             graph.nodes = kept
+            changes += _detach_outputs(graph, taken)
         return changes
 
     def _lift(self, node: gs.Node, outputs: set[int]) -> str | None:
@@ -66,3 +70,17 @@ def _value(node: gs.Node) -> Array | gs.LazyValues | None:
         if name == "value" and isinstance(value, gs.Constant) and value.dtype != np.object_:
             return value._values  # read only when needed: 4-bit and bfloat16 values must not be touched
     return None
+
+
+def _detach_outputs(graph: gs.Graph, taken: set[str]) -> int:
+    """Let an Identity give out what was an initializer; returns of how many."""
+    changes = 0
+    for index, given in enumerate(graph.outputs):
+        if isinstance(given, gs.Constant):
+            value = gs.Constant(graphs.fresh_name(f"{given.name}.value", taken), given._values)
+            graphs.redirect(given, value)
+            result = gs.Variable(given.name, given.dtype, tuple(given.shape))
+            graph.nodes.append(gs.Node("Identity", f"{given.name}.identity", inputs=[value], outputs=[result]))
+            graph.outputs[index] = result
+            changes += 1
+    return changes

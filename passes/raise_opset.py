@@ -1,7 +1,8 @@
 """Raises the default operator set to at least a minimum, with ONNX's version converter.
 
-What the converter gets wrong is put right or refused by name: Hardmax below 13 works on a flattened tensor; Upsample, and Resize
-of opset 10, sample asymmetrically; constants made for Clip and Pad are float32 whatever the tensor is; Upsample loses its names.
+What the converter gets wrong is put right or refused by name: Hardmax below 13 works on a flattened tensor; Upsample,
+and Resize of opset 10, sample asymmetrically; constants made for Clip and Pad are float32 whatever the tensor is;
+Upsample loses its names; new operands become Constant nodes where initializers are wanted.
 """
 
 from __future__ import annotations
@@ -50,7 +51,10 @@ class RaiseOpset:
             for node in graph.node:
                 _refuse(node, graph, start)
         raised = _raised(proto, start, self.minimum)
+        old = state.graph
         state.graph, _ = model.to_graph(raised)
+        for name in ("producer_name", "producer_version", "doc_string"):
+            setattr(state.graph, name, getattr(old, name))
         state.notes.append(f"raised the model from opset {start} to {self.minimum}")
         return 1
 
@@ -75,7 +79,9 @@ def _refuse(node: onnx.NodeProto, graph: onnx.GraphProto, start: int) -> None:
 
 
 def _is_read(name: str, graph: onnx.GraphProto) -> bool:
-    return any(name in n.input for inner in _graphs(graph) for n in inner.node) or any(o.name == name for o in graph.output)
+    return any(name in n.input for inner in _graphs(graph) for n in inner.node) or any(
+        o.name == name for o in graph.output
+    )
 
 
 def _attribute(node: onnx.NodeProto, name: str, default: object) -> object:
@@ -100,6 +106,8 @@ def _raised(proto: onnx.ModelProto, start: int, target: int) -> onnx.ModelProto:
         for graph in _graphs(raised.graph):
             _sample_asymmetrically(graph)
     _match_types(raised)
+    for graph in _graphs(raised.graph):
+        _lift_operands(graph)
     _check(raised, start, target)
     large = [tensor for tensor in proto.graph.initializer if tensor.name not in kept]
     names = {tensor.name for tensor in large}
@@ -123,17 +131,24 @@ def _convert(light: onnx.ModelProto, start: int, target: int) -> onnx.ModelProto
         return onnx.version_converter.convert_version(light, target)
     except Exception as error:  # RuntimeError, ConvertError and others of the C++ side
         found = re.search(r"From Version \$?(\d+) for (\w+)", str(error))
-        place = f"operator {found[2]} has no way beyond opset {found[1]}" if found else str(error).strip().splitlines()[0]
+        place = f"operator {found[2]} has no way beyond opset {found[1]}" if found else _complaint(error)
         raise ModelError(f"the model cannot be raised from opset {start} to {target}: {place}. {_REMEDY}") from error
 
 
 def _check(raised: onnx.ModelProto, start: int, target: int) -> None:
     try:
-        onnx.checker.check_model(raised)
+        if all(
+            output.type.tensor_type.HasField("shape") for output in raised.graph.output
+        ):  # else the checker objects to that
+            onnx.checker.check_model(raised)
         onnx.shape_inference.infer_shapes(raised, check_type=True)
-    except Exception as error:
-        message = f"raised from opset {start} to {target}, the model is not valid: {str(error).strip().splitlines()[0]}"
+    except Exception as error:  # the C++ side raises several unrelated types
+        message = f"raised from opset {start} to {target}, the model is not valid: {_complaint(error)}"
         raise ModelError(f"{message}. {_REMEDY}") from error
+
+
+def _complaint(error: Exception) -> str:
+    return str(error).strip().splitlines()[0].rstrip(".")
 
 
 def _names(graph: onnx.GraphProto) -> set[str]:
@@ -141,7 +156,7 @@ def _names(graph: onnx.GraphProto) -> set[str]:
 
 
 def _flatten_hardmax(graph: onnx.GraphProto, taken: set[str]) -> None:
-    """Write Hardmax over the flattened tensor out: Flatten, Hardmax(axis = 1), Reshape, which means the same in every opset."""
+    """Write Hardmax over the flattened tensor out: Flatten, Hardmax(axis = 1), Reshape mean the same in every opset."""
     nodes: list[onnx.NodeProto] = []
     for node in graph.node:
         axis = _attribute(node, "axis", 1)
@@ -158,9 +173,7 @@ def _flatten_hardmax(graph: onnx.GraphProto, taken: set[str]) -> None:
             helper.make_node("Reshape", [hard, shape], list(node.output)),
         ]
     if len(nodes) > len(graph.node):
-        copies = [onnx.NodeProto.FromString(node.SerializeToString()) for node in nodes]
-        del graph.node[:]
-        graph.node.extend(copies)
+        _set_nodes(graph, [onnx.NodeProto.FromString(node.SerializeToString()) for node in nodes])
 
 
 def _restore_names(old: onnx.GraphProto, new: onnx.GraphProto) -> None:
@@ -199,7 +212,7 @@ def _constants(graph: onnx.GraphProto) -> dict[str, onnx.TensorProto]:
 
 
 def _sample_asymmetrically(graph: onnx.GraphProto) -> None:
-    """Say what Upsample and Resize of opset 10 did without saying: x_old = x_new / scale, rounded towards the nearer origin."""
+    """Say what Upsample, and Resize of opset 10, did without saying: x_old = x_new / scale."""
     constants = _constants(graph)
     for node in graph.node:
         if node.op_type != "Resize" or node.domain:
@@ -207,10 +220,29 @@ def _sample_asymmetrically(graph: onnx.GraphProto) -> None:
         scales = numpy_helper.to_array(constants[node.input[2]]) if node.input[2] in constants else np.ones(1)
         nearest = _attribute(node, "mode", b"nearest") == b"nearest"
         if nearest and (scales < 1).any() and (scales > 1).any():
-            raise ModelError(f"Resize {node.name!r} enlarges one axis and shrinks another, which changed with opset 11. {_REMEDY}")
+            raise ModelError(
+                f"Resize {node.name!r} enlarges one axis and shrinks another, which changed with opset 11. {_REMEDY}"
+            )
         node.attribute.append(helper.make_attribute("coordinate_transformation_mode", "asymmetric"))
         if nearest:  # the runtime rounds down to enlarge, up to shrink
             node.attribute.append(helper.make_attribute("nearest_mode", "ceil" if (scales < 1).any() else "floor"))
+
+
+def _lift_operands(graph: onnx.GraphProto) -> None:
+    """Make initializers of the Constant nodes that the converter added; the model's own have names."""
+    kept = []
+    for node in graph.node:
+        if node.op_type == "Constant" and not node.name and node.attribute[0].name == "value":
+            graph.initializer.append(node.attribute[0].t)
+            graph.initializer[-1].name = node.output[0]
+        else:
+            kept.append(onnx.NodeProto.FromString(node.SerializeToString()))
+    _set_nodes(graph, kept)
+
+
+def _set_nodes(graph: onnx.GraphProto, nodes: list[onnx.NodeProto]) -> None:
+    del graph.node[:]
+    graph.node.extend(nodes)
 
 
 def _match_types(raised: onnx.ModelProto) -> None:

@@ -1,4 +1,4 @@
-"""Takes out nodes that hand their input on unchanged: Identity, Dropout at inference, Cast to the type that is there already."""
+"""Takes out nodes that hand their input on unchanged: Identity, Dropout at inference, Cast to the same type."""
 
 from __future__ import annotations
 

@@ -25,8 +25,8 @@ _FEW_STEPS = 4095  # up to here summing by code is cheaper than by bin
 def params_from_range(chosen: Range, spec: QuantSpec, method: str = "") -> QuantParams:
     """Turn a range into scale and zero point for ``spec``.
 
-    A range of no width (a tensor that is always 0) gets scale 1, so that zero stays zero. The scale never falls below the
-    least normal float32: a smaller one would be flushed to 0 by some kernels.
+    A range of no width (a tensor that is always 0) gets scale 1, so that zero stays zero. The scale never falls below
+    the least normal float32: a smaller one would be flushed to 0 by some kernels.
     """
     lo, hi = np.minimum(chosen.lo, 0.0), np.maximum(chosen.hi, 0.0)
     if spec.symmetric and spec.format.signed:
@@ -38,6 +38,10 @@ def params_from_range(chosen: Range, spec: QuantSpec, method: str = "") -> Quant
         hi = np.where(lo < 0, -lo, hi)
     scale = _float32_scale((hi - lo) / spec.steps, hi - lo)
     zero = np.clip(np.rint(spec.qmin - lo / scale.astype(np.float64)), spec.qmin, spec.qmax)
+    if (
+        spec.symmetric
+    ):  # the middle lies between two codes: always take the upper one, whichever way the scale was rounded
+        zero = np.where(lo < 0, (spec.qmin + spec.qmax + 1) // 2, zero)
     if spec.bound is not None:
         scale = _scale_inside(scale, zero, spec)
     return QuantParams(spec, scale, zero.astype(np.int64), method)
@@ -75,7 +79,7 @@ def quantize(x: npt.NDArray[np.floating], params: QuantParams) -> npt.NDArray[np
     """Codes of ``x`` in the container type of the format (int8 for 2 and 4 bits), same shape."""
     spec = params.spec
     scale = _expand(params.scale, params, x.shape).astype(np.float32)
-    codes = np.divide(x, scale, dtype=np.float32)
+    codes = np.asarray(np.divide(x, scale, dtype=np.float32))
     np.rint(codes, out=codes)
     codes += _expand(params.zero_point, params, x.shape)
     np.clip(codes, spec.qmin, spec.qmax, out=codes)
@@ -123,8 +127,8 @@ def tensor_range(x: npt.NDArray[np.floating], spec: QuantSpec) -> Range:
 def expected_error(bins: Bins, lo: npt.ArrayLike, hi: npt.ArrayLike, spec: QuantSpec) -> FloatArray:
     """Mean squared error that each candidate range makes on a histogram, float64 of the candidates' shape (m,).
 
-    Values are spread evenly over their bin and rounded to the codes of :func:`params_from_range`, so that the end codes and the
-    rounded zero point count too; values beyond the range err by their distance to its end.
+    Values are spread evenly over their bin and rounded to the codes of :func:`params_from_range`, so that the end
+    codes and the rounded zero point count too; values beyond the range err by their distance to its end.
     """
     lows, highs = np.atleast_1d(np.asarray(lo, np.float64)), np.atleast_1d(np.asarray(hi, np.float64))
     params = params_from_range(Range(lows, highs), dataclasses.replace(spec, bound=None))
@@ -147,8 +151,8 @@ def _error_by_code(bins: Bins, scale: FloatArray, least: IntArray, steps: int) -
 def _error_by_bin(bins: Bins, scale: FloatArray, least: IntArray, steps: int) -> FloatArray:
     """Sum over bins, for formats with more codes than the histogram has bins.
 
-    In units of the step, a bin of width w <= 1 whose centre lies d from its code errs by d² + w²/12, less the part max(d + w/2 -
-    1/2, 0)²/w of it that rounds to the next code; a wider one by 1/12.
+    In units of the step, a bin of width w <= 1 whose centre lies d from its code errs by d² + w²/12, less
+    max(d + w/2 - 1/2, 0)²/w for the part of it that rounds to the next code; a wider one errs by 1/12.
     """
     position = bins.center / scale
     codes = np.clip(np.rint(position), least, least + steps)
@@ -159,5 +163,5 @@ def _error_by_bin(bins: Bins, scale: FloatArray, least: IntArray, steps: int) ->
     error = distance**2 + width**2 / 12
     over = inside & (distance + width / 2 > 0.5) & (width > 0)
     error[over] -= (distance[over] + width[over] / 2 - 0.5) ** 2 / width[over]
-    total: FloatArray = (error @ bins.count) * scale[:, 0] ** 2
+    total: FloatArray = (error * bins.count).sum(axis=1) * scale[:, 0] ** 2
     return total

@@ -57,7 +57,7 @@ def is_zero(stats: TensorStatistics) -> bool:
 
 
 def partial_moments(bins: Bins, x: npt.ArrayLike) -> FloatArray:
-    """Sums of 1, v and v² over the non-zero values v between 0 and x; float64 (3, *x.shape), counted negative for x < 0.
+    """Sums of 1, v and v² over the non-zero values v between 0 and x; float64 (3, *x.shape), negative for x < 0.
 
     Values are spread evenly over their bin, so that a bin is cut at x in proportion.
     """
@@ -72,7 +72,7 @@ def partial_moments(bins: Bins, x: npt.ArrayLike) -> FloatArray:
 
 
 def partial_counts(bins: Bins, x: npt.ArrayLike) -> FloatArray:
-    """The first of :func:`partial_moments` alone: how many non-zero values lie between 0 and x; float64 of x's shape."""
+    """The first of :func:`partial_moments` alone: the number of non-zero values between 0 and x; float64."""
     if bins.count.size == 0:
         return np.zeros(np.shape(x))
     index, _, _, inside = _cut(bins, np.asarray(x, np.float64))
@@ -81,7 +81,7 @@ def partial_counts(bins: Bins, x: npt.ArrayLike) -> FloatArray:
 
 
 def _cut(bins: Bins, x: FloatArray) -> tuple[IntArray, FloatArray, FloatArray, FloatArray]:
-    """The bin that holds each x or is the next above it, its lower edge, x inside it, and how many of its values lie under x."""
+    """The bin that holds each x or comes next, its lower edge, x cut to it, and how many of its values lie under x."""
     index = np.minimum(np.searchsorted(bins.hi, x), bins.count.size - 1)
     low = bins.lo[index]
     width = bins.hi[index] - low
@@ -116,7 +116,7 @@ def nonzero(bins: Bins) -> Bins:
 
 
 def quantile(bins: Bins, percent: float) -> float:
-    """The value that ``percent`` of the values lie under, interpolated inside its bin; 100 gives the upper end exactly."""
+    """The value that ``percent`` of the values lie under, interpolated inside its bin; 100 is the upper end."""
     if percent >= 100:
         return float(bins.hi[-1])
     seen = np.cumsum(bins.count)
@@ -145,8 +145,8 @@ def mean_deviation(bins: Bins, about: float) -> float:
 def laplace_clip(steps: int, one_sided: bool) -> float:
     """Optimal clip of a Laplace prior in units of b: W(3n²), one-sided W(12n²), W being Lambert's function.
 
-    Banner, Nahshan, Hoffer, Soudry: Post-training 4-bit quantization of convolution networks for rapid-deployment (ACIQ), 2019,
-    from 2b²e^(-α/b) + α²/(3n²); published for n = 2^M: 2.83, 3.89, 5.03 at M = 2, 3, 4.
+    Banner, Nahshan, Hoffer, Soudry: Post-training 4-bit quantization of convolution networks for rapid-deployment
+    (ACIQ), 2019, from 2b²e^(-α/b) + α²/(3n²); published for n = 2^M: 2.83, 3.89, 5.03 at M = 2, 3, 4.
     """
     from scipy.special import lambertw
 
@@ -158,7 +158,7 @@ def gauss_clip(steps: int, one_sided: bool) -> float:
     """Optimal clip of a Gaussian prior in units of σ: the α of least (1 + α²)erfc(α/√2) - √(2/π)αe^(-α²/2) + α²/(3n²).
 
     The root of its derivative, α·erfc(α/√2) - √(2/π)e^(-α²/2) + α/(3n²) = 0; one-sided 12n² for 3n². ACIQ, 2019 (see
-    :func:`laplace_clip`); published for n = 2^M: 1.71, 2.15, 2.55 at M = 2, 3, 4.
+    :func:`laplace_clip`); published for n = 2^M: 1.71, 2.15, 2.56 at M = 2, 3, 4.
     """
     from scipy.optimize import brentq
 

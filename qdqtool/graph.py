@@ -79,10 +79,33 @@ def uses(tensor: gs.Tensor) -> list[tuple[gs.Node, int]]:
     return found
 
 
+def unlink(node: gs.Node) -> None:
+    """Let a node read and make nothing any more.
+
+    The library's own ``clear`` finds the node among a tensor's readers with ``==``, which compares whole nodes: with one
+    constant that thousands of nodes share, that takes minutes.
+    """
+    for own, others in ((node.inputs, "outputs"), (node.outputs, "inputs")):
+        for tensor in own:
+            _drop(getattr(tensor, others), node)
+        list.clear(own)
+
+
+def set_input(node: gs.Node, index: int, tensor: gs.Tensor) -> None:
+    """Let a node read ``tensor`` at ``index``; as fast as :func:`unlink` is."""
+    _drop(node.inputs[index].outputs, node)
+    list.__setitem__(node.inputs, index, tensor)
+    list.append(tensor.outputs, node)
+
+
+def _drop(links: list[gs.Node], node: gs.Node) -> None:
+    list.pop(links, next(index for index, other in enumerate(links) if other is node))
+
+
 def redirect(old: gs.Tensor, new: gs.Tensor) -> None:
     """Make every reader of ``old``, those in control-flow bodies included, read ``new``; graph outputs are not touched."""
     for node, index in uses(old):
-        node.inputs[index] = new
+        set_input(node, index, new)
 
 
 def bypass(node: gs.Node, graph: gs.Graph, outputs: set[int]) -> bool:
@@ -103,8 +126,7 @@ def bypass(node: gs.Node, graph: gs.Graph, outputs: set[int]) -> bool:
         maker.outputs[next(i for i, made in enumerate(maker.outputs) if made is source)] = result
     else:
         redirect(result, source)
-    node.inputs.clear()
-    node.outputs.clear()
+    unlink(node)
     return True
 
 

@@ -7,14 +7,15 @@ Whatever multiplies output channel c of such a layer by s_c and adds t_c belongs
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Final, cast
+from typing import TYPE_CHECKING, Final, cast
 
 import numpy as np
 import onnx_graphsurgeon as gs
 
 from qdqtool import graph as graphs
+from qdqtool.channels import ChannelMap, channel_map, channel_vector, stored
 from qdqtool.graph import Array
 from qdqtool.spec import FloatArray
 
@@ -34,8 +35,9 @@ class LinearLayer:
     @staticmethod
     def of(node: gs.Node | None) -> LinearLayer | None:
         """The node as a linear layer; None for any other operator."""
-        known = node is not None and node.op in LINEAR_OPS and node.domain in (None, "", "ai.onnx")
-        return LinearLayer(node) if known and len(node.inputs) >= 2 else None
+        if node is None or node.op not in LINEAR_OPS or node.domain not in (None, "", "ai.onnx"):
+            return None
+        return LinearLayer(node) if len(node.inputs) >= 2 else None
 
     @property
     def weight_input(self) -> int:
@@ -123,7 +125,7 @@ class LinearLayer:
         return None if vector is None else vector * self._beta
 
     def obstacle(self, *, shift: bool) -> str | None:
-        """Why output channels cannot be scaled (and, with ``shift``, shifted) by changing parameters; None where they can."""
+        """Why parameters cannot scale (and, with ``shift``, shift) the output channels; None where they can."""
         if not graphs.is_constant(self.weight):
             return f"the weight of {self.node.name!r} is computed at run time"
         if not graphs.is_float(self.weight):
@@ -139,8 +141,8 @@ class LinearLayer:
     def scale_shift(self, scale: FloatArray, shift: FloatArray, taken: set[str]) -> str | None:
         """Multiply output channel c by ``scale[c]`` and add ``shift[c]``, in new weight and bias constants.
 
-        Gemm's alpha and beta end up in the values; a MatMul of rank 2 that gets a bias becomes a Gemm. Computed in float64,
-        stored in the weight's type. Tensors that other nodes read are copied under a new name.
+        Gemm's alpha and beta end up in the values; a MatMul of rank 2 that gets a bias becomes a Gemm. Computed in
+        float64, stored in the weight's type. Tensors that other nodes read are copied under a new name.
 
         Args:
             scale: float64 (channels,).
@@ -195,123 +197,37 @@ class LinearLayer:
     def _over_weight(self, factors: FloatArray) -> FloatArray:
         """Per-channel factors in a shape that broadcasts over the weight."""
         shape = tuple(self.weight.shape)
-        if self.node.op == "ConvTranspose":  # weight [Cin, Cout/g, ...]: the rows of group g make its own output channels
+        if self.node.op == "ConvTranspose":  # [Cin, Cout/g, ...]: the rows of a group make that group's output channels
             per_group = np.repeat(factors.reshape(self.groups, -1), shape[0] // self.groups, axis=0)
             return per_group.reshape(shape[0], shape[1], *(1,) * (len(shape) - 2))
         axis = cast(int, self.weight_axis)
         return factors.reshape([-1 if i == axis else 1 for i in range(len(shape))])
 
 
-def channel_vector(values: Array, channels: int, axis: int, rank: int | None) -> FloatArray | None:
-    """A constant operand as one float64 value for each channel, shape (channels,).
-
-    Args:
-        values: the constant, broadcast against a tensor with ``channels`` along ``axis``.
-        channels: number of channels.
-        axis: channel axis of the tensor: 1 or -1.
-        rank: rank of the tensor; None if not known, then only a constant of rank 0 or 1 is understood.
-
-    Returns:
-        None where the constant differs inside a channel, or would widen the tensor.
-    """
-    if values.ndim > (1 if rank is None else rank):
-        return None
-    if rank is None and axis != -1:
-        return vector_of_scalar(values, channels) if values.size == 1 else None
-    size = max(values.ndim, 1) if rank is None else rank
-    shape = (1,) * (size - values.ndim) + values.shape
-    place = axis % size
-    if any(extent != 1 for i, extent in enumerate(shape) if i != place) or shape[place] not in (1, channels):
-        return None
-    return np.array(np.broadcast_to(values.reshape(-1).astype(np.float64), (channels,)))
-
-
-def vector_of_scalar(values: Array, channels: int) -> FloatArray:
-    """A constant of one element as float64 (channels,)."""
-    return np.full(channels, float(values.reshape(-1)[0]))
-
-
 def replace_constant(node: gs.Node, index: int, values: Array, name: str, taken: set[str]) -> None:
-    """Put a new constant at an input; the old one's name stays where this node was its only reader, else it is ``name``."""
+    """Put a new constant at an input: under the old one's name where this node was its only reader, else ``name``."""
     old = node.inputs[index]
-    if isinstance(old, gs.Constant) and len(old.outputs) == 1:
-        node.inputs[index] = gs.Constant(old.name, values)
-    else:
-        node.inputs[index] = gs.Constant(graphs.fresh_name(name, taken), values)
-
-
-def stored(values: FloatArray, dtype: np.dtype[Any]) -> Array | None:
-    """The values in ``dtype``; None where one is not finite there."""
-    with np.errstate(over="ignore"):
-        stored: Array = values.astype(dtype)
-    return stored if np.isfinite(stored).all() else None
-
-
-@dataclass(frozen=True)
-class ChannelMap:
-    """y = scale * x + shift for each channel: float64 arrays (channels,)."""
-
-    scale: FloatArray
-    shift: FloatArray
-
-    @staticmethod
-    def identity(channels: int) -> ChannelMap:
-        """The map that changes nothing."""
-        return ChannelMap(np.ones(channels), np.zeros(channels))
-
-    def then(self, other: ChannelMap) -> ChannelMap:
-        """This one first, ``other`` after it."""
-        return ChannelMap(self.scale * other.scale, self.shift * other.scale + other.shift)
-
-    @property
-    def finite(self) -> bool:
-        """Whether every value is finite."""
-        return bool(np.isfinite(self.scale).all() and np.isfinite(self.shift).all())
-
-
-_ARITHMETIC: Final[dict[str, Callable[[FloatArray, bool], ChannelMap | None]]] = {
-    "Add": lambda c, last: ChannelMap(np.ones_like(c), c),
-    "Sub": lambda c, last: ChannelMap(np.ones_like(c), -c) if last else ChannelMap(-np.ones_like(c), c),
-    "Mul": lambda c, last: ChannelMap(c, np.zeros_like(c)),
-    "Div": lambda c, last: ChannelMap(1.0 / c, np.zeros_like(c)) if last else None,
-}
-
-
-def constant_operand(node: gs.Node) -> int | None:
-    """Index of the constant operand of an Add, Sub, Mul or Div whose other operand is computed; None for other nodes."""
-    if node.op not in _ARITHMETIC or len(node.inputs) != 2 or node.domain not in (None, "", "ai.onnx"):
-        return None
-    found = [i for i, tensor in enumerate(node.inputs) if graphs.is_constant(tensor)]
-    return found[0] if len(found) == 1 else None
+    alone = isinstance(old, gs.Constant) and len(old.outputs) == 1
+    name = old.name if alone else graphs.fresh_name(name, taken)
+    graphs.set_input(node, index, gs.Constant(name, values))
 
 
 def arithmetic(node: gs.Node, layer: LinearLayer) -> ChannelMap | str:
-    """What an Add, Sub, Mul or Div by a constant does to the channels of ``layer``'s result, or why it is not that simple."""
-    index, channels = constant_operand(node), layer.channels
-    if index is None:
-        return "it has no constant operand"
-    if channels is None:
+    """What an Add, Sub, Mul or Div by a constant does to each channel of the layer's result, or why that is unknown."""
+    if layer.channels is None:
         return f"the number of output channels of {layer.node.name!r} is not known"
-    values = cast(Array, graphs.constant(node.inputs[index]))
-    vector = channel_vector(values, channels, layer.output_axis, layer.output_rank)
-    if vector is None:
-        return f"its constant of shape {values.shape} is not one value for each of the {channels} channels"
-    with np.errstate(divide="ignore"):
-        change = _ARITHMETIC[node.op](vector, index == 1)
-    if change is None:
-        return "it divides a constant by the result"
-    return change if change.finite else "its constant is zero or not finite"
+    return channel_map(node, layer.channels, layer.output_axis, layer.output_rank)
 
 
 def absorb(layer: LinearLayer, nodes: Sequence[gs.Node], change: ChannelMap, state: State) -> None:
     """Take out the nodes behind a layer that now does their work, ``change``, itself.
 
-    The layer makes the last one's result under its name. What is recorded of a BatchNormalization folded before moves along.
+    The layer makes the last one's result under its name. What is recorded of a BatchNormalization folded before moves
+    along.
     """
     result, before = nodes[-1].outputs[0], layer.node.outputs[0].name
     for node in nodes:
-        node.inputs.clear()
-        node.outputs.clear()
+        graphs.unlink(node)
     layer.node.outputs[0] = result
     state.merged(layer.node.name, *(node.name for node in nodes))
     if before in state.batchnorms:
@@ -324,7 +240,7 @@ class BiasPlace:
     """Where a layer's bias stands, and the tensor it is part of.
 
     Attributes:
-        node: name of the node that adds the bias: the layer itself, or the Add behind a MatMul. Its output is the layer's result.
+        node: name of the node that adds the bias, the layer or the Add behind a MatMul; its output is the result.
         index: input of that node that holds the bias, a constant (channels,).
         axis: channel axis of the result: 1 or -1.
         rank: rank of the result; None where it is not known (then ``axis`` is -1).

@@ -69,13 +69,17 @@ def preparation(recipe: Recipe) -> list[Pass]:
     """Passes that simplify and fuse the float graph; its outputs stay the same."""
     passes: list[Pass] = [
         LiftConstants(),
-        RaiseOpset(),
+        # Some shapes are known only after a first folding; and the opset converter must know the axes to convert well.
         InferShapes(),
         FoldConstants(),
+        InferShapes(),
+        FoldConstants(),
+        RaiseOpset(),
+        InferShapes(),
         RemoveIdentity(),
+        FuseLinearBias(),
         FoldBatchnorm(),
         FoldScaleShift(),
-        FuseLinearBias(),
     ]
     return [*passes, *([AddBias()] if recipe.bias_correction else []), InferShapes()]
 

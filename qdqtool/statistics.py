@@ -1,9 +1,9 @@
 """Mergeable statistics of tensors: histogram, extremes and a record of every sample.
 
-Values are counted in bins keyed by the float32's own sign, exponent and first ten mantissa bits, so that bins do not depend on
-what was seen first: two histograms merge by adding integer counts, bit for bit the same in any order, batch size or partition.
-A bin is at most 0.1 % of its value wide. Moments are read off the histogram (their error, under 0.05 % of a value and of either
-sign, averages out), which keeps them as exactly mergeable as the counts.
+Values are counted in bins keyed by the float32's own sign, exponent and first ten mantissa bits, so that bins do not
+depend on what was seen first: two histograms merge by adding integer counts, bit for bit the same in any order, batch
+size or partition. A bin is at most 0.1 % of its value wide. Moments are read off the histogram (their error, under
+0.05 % of a value and of either sign, averages out), which keeps them as exactly mergeable as the counts.
 """
 
 from __future__ import annotations
@@ -60,10 +60,11 @@ class Bins:
 
     @cached_property
     def prefix(self) -> FloatArray:
-        """Sums of 1, x and x² over the non-zero values between 0 and every bin edge, float64 (3, n + 1), negative below 0.
+        """Sums of 1, x and x² over the non-zero values between 0 and each bin, float64 (3, n + 1), negative below 0.
 
-        Column i belongs to the gap before bin i. Values are spread evenly over their bin. Summing outwards from 0 keeps the
-        sums of small values exact beside an outlier of any size; exact zeros are left out, as no range makes an error there.
+        Column i belongs to the gap before bin i. Values are spread evenly over their bin. Summing outwards from 0
+        keeps the sums of small values exact beside an outlier of any size; exact zeros are left out, as no range
+        makes an error there.
         """
         sums = np.empty((3, self.count.size))
         np.copyto(sums[0], self.count)
@@ -78,7 +79,9 @@ class Bins:
 
     def mean(self, values: FloatArray) -> float:
         """Mean of ``values`` (one a bin) weighted by the counts; 0 for an empty histogram."""
-        return float(values @ self.count / self.total) if self.total else 0.0
+        return (
+            float((values * self.count).sum() / self.total) if self.total else 0.0
+        )  # no BLAS: one result on any threads
 
 
 class Histogram:
@@ -114,7 +117,7 @@ class Histogram:
         self._store(table[:width], floor, 1)
 
     def _add_below(self, values: npt.NDArray[np.float32], floor: int, expected: int) -> None:
-        """Count zeros, and the ``expected`` less zeros values at or under the window's first bin, by a window of their own."""
+        """Count zeros, and by a window of their own the other ``expected`` values in the first bin or below it."""
         zeros = values.size - int(np.count_nonzero(values))
         if expected > zeros:
             magnitude = np.abs(values)
@@ -197,12 +200,12 @@ class TensorStatistics:
             return
         with np.errstate(over="ignore"):  # a float64 beyond float32 becomes Inf and is counted as such
             flat = np.ascontiguousarray(values, np.float32).reshape(rows, -1)
-        lo, hi = flat.min(axis=1) + np.float32(0), flat.max(axis=1) + np.float32(0)  # -0.0 becomes 0.0
+        lo, hi = flat.min(axis=1), flat.max(axis=1)
         if not (np.isfinite(lo).all() and np.isfinite(hi).all()):
             flat, lo, hi = self._without_non_finite(flat, samples)
         record = np.empty(rows, RECORD)
         record["sample"], record["position"] = [s for s, _ in samples], [p for _, p in samples]
-        record["lo"], record["hi"] = lo, hi
+        record["lo"], record["hi"] = lo + np.float32(0), hi + np.float32(0)  # -0.0 becomes 0.0
         self._records.append(record)
         seen = ~np.isnan(lo)
         if seen.any():

@@ -29,9 +29,8 @@ class PassRunner:
         feeds: Mapping[str, Array] | None = None,
         tolerance: float = 1e-5,
     ) -> tuple[onnx.ModelProto, State]:
-        """Parse the model, add ``weights`` as initializers, run the passes, compare, and return the new model and the state."""
-        proto = onnx.parser.parse_model(source) if isinstance(source, str) else source
-        proto.graph.initializer.extend(onnx.numpy_helper.from_array(w, name) for name, w in (weights or {}).items())
+        """Parse the model, add ``weights``, run the passes, compare; returns the new model and the state."""
+        proto = self.parse(source, **(weights or {})) if isinstance(source, str) else source
         state = self.state(proto)
         PassManager(passes).run(state, GRAPH_FACTS | {Fact.FOLDED})
         result = model.to_proto(state.graph, state.header)
@@ -44,6 +43,12 @@ class PassRunner:
             scale = max(1.0, float(np.abs(expected, dtype=np.float64).max(initial=0.0)))
             np.testing.assert_allclose(after[name], expected, rtol=0, atol=tolerance * scale, err_msg=name)
         return result, state
+
+    def parse(self, source: str, **weights: Array) -> onnx.ModelProto:
+        """A model from ONNX text with further initializers."""
+        proto = onnx.parser.parse_model(source)
+        proto.graph.initializer.extend(onnx.numpy_helper.from_array(value, name) for name, value in weights.items())
+        return proto
 
     def state(self, proto: onnx.ModelProto) -> State:
         """A state as passes see it; recipe and target are not there."""

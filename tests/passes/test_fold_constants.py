@@ -18,7 +18,8 @@ ALL = (LiftConstants(), InferShapes(), FoldConstants())
 
 def test_a_chain_of_constants_is_one_constant(passes: Any) -> None:
     proto, _ = passes(
-        """<ir_version: 8, opset_import: ["" : 13]> g (float[2, 2] x) => (float[2, 2] y) <float[2, 2] w = {1, 2, 3, 4}, float s = {2}> {
+        """<ir_version: 8, opset_import: ["" : 13]> g (float[2, 2] x) => (float[2, 2] y)
+                <float[2, 2] w = {1, 2, 3, 4}, float s = {2}> {
             a = Transpose(w) b = Mul(a, s) c = Sqrt(b) y = MatMul(x, c)
         }""",
         *ALL,
@@ -35,12 +36,12 @@ def test_shape_arithmetic_folds_beside_a_symbolic_batch(passes: Any) -> None:
             s = Shape(x) d = Gather(s, one) e = Unsqueeze(d, zero)
             f = Slice(s, two, end) g1 = Mul(e, f) h = Concat <axis = 0> (last, g1)
             r = Reshape(x, h) q = Shape(r) b = Slice(s, zero, two) t = Identity(b)
-            tail = Slice(s, last, end) w = Concat <axis = 0> (last, end, tail) y = Reshape(x, w)
+            tail = Slice(s, last, end) w = Concat <axis = 0> (last, two, tail) y = Reshape(x, w)
         }""",
         *ALL,
     )
-    assert passes.ops(proto) == ["Shape", "Slice", "Identity", "Reshape"]
-    np.testing.assert_array_equal(passes.constant(proto, "w"), [-1, 3, 6])
+    assert passes.ops(proto) == ["Shape", "Reshape", "Slice", "Identity"]
+    np.testing.assert_array_equal(passes.constant(proto, "w"), [-1, 2, 6])
 
 
 @pytest.mark.parametrize(
@@ -69,22 +70,26 @@ def test_shape_with_start_and_end(passes: Any, call: str, expected: list[int] | 
 
 def test_size_and_gather_with_negative_index(passes: Any) -> None:
     proto, _ = passes(
-        """<ir_version: 8, opset_import: ["" : 13]> g (float[2, 4] x, float[N, 5] z) => (int64 y, int64[1] u, int64 w)
-        <int64[1] last = {-1}, int64 k = {1}> {
-            a = Size(x) b = Size(z) y = Mul(a, b) s = Shape(z) t = Gather(s, last) u = Neg(t) c = Add(a, k) w = Mul(c, b)
+        """<ir_version: 8, opset_import: ["" : 13]> g (float[2, 4] x, float[N, 5] z) => (int64[1] y)
+                <int64[1] last = {-1}> {
+            a = Size(x) b = Size(z) c = Mul(a, b) s = Shape(z) t = Gather(s, last) y = Mul(c, t)
         }""",
         *ALL,
     )
-    assert passes.ops(proto) == ["Size", "Mul", "Neg", "Mul"] or sorted(passes.ops(proto)) == ["Mul", "Mul", "Size"]
+    assert passes.ops(proto) == ["Size", "Mul", "Mul"]
+    assert passes.constant(proto, "a") == 8
+    assert passes.constant(proto, "t").tolist() == [5]
 
 
 def test_the_pads_of_an_exported_residual_block_fold(passes: Any) -> None:
     proto, _ = passes(
         """<ir_version: 8, opset_import: ["" : 13]> g (float[N, 4, 6] x) => (float[N, 8, 6] y)
-        <int64[1] n = {3}, int64[6] p = {0, 0, 0, 2, 0, 0}, int64[2] m = {-1, 2}, int64[1] back = {-1}, int64[1] first = {-9223372036854775807},
+        <int64[1] n = {3}, int64[6] p = {0, 0, 0, 2, 0, 0}, int64[2] m = {-1, 2}, int64[1] back = {-1},
+            int64[1] first = {-9223372036854775807},
          int64[1] axis = {0}, int64[1] flat = {-1}, float f = {0}> {
             z = ConstantOfShape <value = int64[1] {0}> (n) c = Concat <axis = 0> (p) r = Reshape(c, m)
-            s = Slice(r, back, first, axis, back) t = Transpose <perm = [1, 0]> (s) u = Reshape(t, flat) v = Cast <to = 7> (u)
+            s = Slice(r, back, first, axis, back) t = Transpose <perm = [1, 0]> (s) u = Reshape(t, flat)
+                v = Cast <to = 7> (u)
             y = Pad(x, v, f)
         }""",
         *ALL,
@@ -101,13 +106,14 @@ def test_quantized_weights_and_random_values_are_left(passes: Any) -> None:
         }""",
         *ALL,
     )
-    assert passes.ops(proto) == ["DequantizeLinear", "RandomNormalLike", "MatMul", "Sub", "Add"]
+    assert passes.ops(proto) == ["DequantizeLinear", "MatMul", "RandomNormalLike", "Sub", "Add"]
     assert state.skipped == []
 
 
 def test_small_constants_do_not_become_large_ones(passes: Any) -> None:
     proto, state = passes(
-        """<ir_version: 8, opset_import: ["" : 13]> g (float[256, 256] x, float[1, 256] u) => (float[256, 256] y, float[1, 256] v)
+        """<ir_version: 8, opset_import: ["" : 13]> g (float[256, 256] x, float[1, 256] u) => (float[256, 256] y,
+                float[1, 256] v)
         <int64[2] n = {256, 256}, float[1, 1] one = {1}> {
             big = Expand(one, n) y = Add(x, big) w = Expand(one, n) t = Transpose(w) v = MatMul(u, t)
         }""",
@@ -136,23 +142,31 @@ def test_a_node_that_fails_is_left_and_the_others_fold(passes: Any) -> None:
     )
     state = passes.state(proto)
     FoldConstants().run(state)
-    assert [node.name for node in state.graph.nodes] == ["Reshape_0", "Neg_1", "Add_4", "Add_5"] or len(state.graph.nodes) == 4
+    assert {node.name for node in state.graph.nodes} == {"Reshape_0", "Neg_1", "Add_4", "Add_5"}
     (skip,) = state.skipped
-    assert skip.node == "Reshape_0" and skip.reason.startswith("it cannot be evaluated: ")
+    assert skip.node == "Reshape_0"
+    assert skip.reason.startswith("it cannot be evaluated: ")
 
 
 def test_one_run_evaluates_many_nodes(passes: Any, monkeypatch: Any) -> None:
     runs = []
     evaluate = fold_constants._evaluate
-    monkeypatch.setattr(fold_constants, "_evaluate", lambda *a, **k: runs.append(1) or evaluate(*a, **k))
+
+    def counted(*args: Any, **options: Any) -> list[Any]:
+        runs.append(1)
+        return evaluate(*args, **options)
+
+    monkeypatch.setattr(fold_constants, "_evaluate", counted)
     steps = "\n".join(f"a{i + 1} = Add(a{i}, k)" for i in range(200))
     proto, _ = passes(
-        f"""<ir_version: 8, opset_import: ["" : 13]> g (float[1] x) => (float[1] y) <float[1] a0 = {{0}}, float[1] k = {{1}}> {{
+        f"""<ir_version: 8, opset_import: ["" : 13]> g (float[1] x) => (float[1] y) <float[1] a0 = {{0}},
+                float[1] k = {{1}}> {{
             {steps} y = Add(x, a200)
         }}""",
         *ALL,
     )
-    assert passes.ops(proto) == ["Add"] and len(runs) == 1
+    assert passes.ops(proto) == ["Add"]
+    assert len(runs) == 1
     assert passes.constant(proto, "a200") == [200]
 
 

@@ -29,7 +29,8 @@ def test_types_and_shapes_of_all_tensors(passes: Any) -> None:
 
 def test_weights_too_large_to_be_read_still_tell_their_shape(passes: Any) -> None:
     _, state = passes(
-        """<ir_version: 8, opset_import: ["" : 13]> g (float[N, 64] x) => (float[N, 64] y) { a = MatMul(x, w) y = Relu(a) }""",
+        """<ir_version: 8, opset_import: ["" : 13]> g (float[N, 64] x) => (float[N, 64] y) { a = MatMul(x, w)
+                y = Relu(a) }""",
         InferShapes(),
         weights={"w": np.ones((64, 64), np.float32)},
     )
@@ -71,7 +72,9 @@ def test_wrong_value_info_is_replaced_and_unknown_does_not_replace_known(passes:
 
 
 def test_a_model_that_cannot_be_inferred_goes_on(passes: Any, monkeypatch: Any) -> None:
-    proto = onnx.parser.parse_model('<ir_version: 8, opset_import: ["" : 13]> g (float[2] x) => (float[2] y) { y = Relu(x) }')
+    proto = onnx.parser.parse_model(
+        '<ir_version: 8, opset_import: ["" : 13]> g (float[2] x) => (float[2] y) { y = Relu(x) }'
+    )
     state = passes.state(proto)
 
     def fail(*_: Any, **__: Any) -> None:

@@ -8,6 +8,8 @@ import numpy as np
 import onnx
 import pytest
 
+from qdqtool.passes.fuse_linear_bias import FuseLinearBias
+from qdqtool.passes.infer_shapes import InferShapes
 from qdqtool.passes.lift_constants import LiftConstants
 
 
@@ -24,7 +26,8 @@ def test_every_numeric_form_becomes_an_initializer(passes: Any) -> None:
         LiftConstants(),
     )
     assert passes.ops(proto) == ["Add", "Mul", "Sub", "Add"]
-    assert passes.constant(proto, "b").shape == () and passes.constant(proto, "d").dtype == np.int64
+    assert passes.constant(proto, "b").shape == ()
+    assert passes.constant(proto, "d").dtype == np.int64
     np.testing.assert_array_equal(passes.constant(proto, "e"), [7, 8])
 
 
@@ -94,4 +97,18 @@ def test_narrow_types_keep_their_bytes(passes: Any, dtype: int) -> None:
     assert LiftConstants().run(state) == 1
     result, _ = passes(proto, LiftConstants())
     lifted = result.graph.initializer[0]
-    assert lifted.data_type == dtype and list(onnx.numpy_helper.to_array(lifted).astype(np.float32)) == [1, -2, 3]
+    assert lifted.data_type == dtype
+    assert list(onnx.numpy_helper.to_array(lifted).astype(np.float32)) == [1, -2, 3]
+
+
+def test_an_initializer_given_out_can_be_replaced_inside(passes: Any) -> None:
+    proto, _ = passes(
+        """<ir_version: 8, opset_import: ["" : 13]> g (float[2, 2] x) => (float[2, 2] y, float[2, 2] w)
+        <float[2, 2] w = {1, 2, 3, 4}> { y = Gemm <alpha = 2.0> (x, w) }""",
+        LiftConstants(),
+        InferShapes(),
+        FuseLinearBias(),
+    )
+    assert sorted(passes.ops(proto)) == ["Gemm", "Identity"]
+    assert [value.name for value in proto.graph.output] == ["y", "w"]
+    assert not proto.graph.node[-1].attribute

@@ -30,7 +30,8 @@ def test_a_graph_output_keeps_its_name(passes: Any) -> None:
         RemoveIdentity(),
     )
     assert passes.ops(proto) == ["Relu", "Neg"]
-    assert proto.graph.node[0].output[0] == "y" and proto.graph.node[1].input[0] == "y"
+    assert proto.graph.node[0].output[0] == "y"
+    assert proto.graph.node[1].input[0] == "y"
 
 
 def test_an_input_handed_to_an_output_stays(passes: Any) -> None:
@@ -46,7 +47,8 @@ def test_an_input_handed_to_an_output_stays(passes: Any) -> None:
 
 def test_a_dropout_that_is_more_than_an_identity_stays(passes: Any) -> None:
     proto, state = passes(
-        """<ir_version: 8, opset_import: ["" : 13]> g (float[2] x, bool t) => (float[2] y, bool[2] n) <float r = {0.0}> {
+        """<ir_version: 8, opset_import: ["" : 13]> g (float[2] x, bool t) => (float[2] y, bool[2] n)
+                <float r = {0.0}> {
             a, m = Dropout(x) n = Not(m) b = Dropout(a, r, t) y = Relu(b)
         }""",
         RemoveIdentity(),
@@ -67,7 +69,8 @@ def test_a_cast_that_converts_stays_without_remark(passes: Any) -> None:
         InferShapes(),
         RemoveIdentity(),
     )
-    assert passes.ops(proto) == ["Cast", "Cast"] and not state.skipped
+    assert passes.ops(proto) == ["Cast", "Cast"]
+    assert not state.skipped
 
 
 def test_identities_around_and_inside_bodies(passes: Any) -> None:

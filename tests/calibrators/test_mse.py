@@ -1,0 +1,75 @@
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+
+from qdqtool.affine import expected_error
+from qdqtool.calibrators.minmax import MinMax
+from qdqtool.calibrators.mse import Mse
+from qdqtool.spec import FORMATS, QuantSpec, Range
+from qdqtool.statistics import TensorStatistics
+
+Array = npt.NDArray[np.float32]
+Observe = Callable[..., TensorStatistics]
+Sqnr = Callable[[Array, Range, QuantSpec], float]
+SPECS = [QuantSpec(FORMATS[f], symmetric=f.startswith("int")) for f in ("int8", "uint8", "int4", "uint4", "uint2")]
+SHARES = np.geomspace(0.06, 1, 24)
+
+
+def best_by_brute_force(x: Array, spec: QuantSpec, sqnr_db: Sqnr) -> float:
+    lo, hi = float(x.min()), float(x.max())
+    if spec.symmetric:
+        ranges = [Range(np.array(-s * max(-lo, hi)), np.array(s * max(-lo, hi))) for s in np.geomspace(0.06, 1, 120)]
+    elif lo >= 0:
+        ranges = [Range(np.zeros(()), np.array(s * hi)) for s in np.geomspace(0.06, 1, 120)]
+    else:
+        ranges = [Range(np.array(a * lo), np.array(b * hi)) for a, b in itertools.product(SHARES, SHARES)]
+    return max(sqnr_db(x, r, spec) for r in ranges)
+
+
+@pytest.mark.parametrize("spec", SPECS, ids=str)
+@pytest.mark.parametrize("name", ["gauss", "laplace", "relu", "t3", "gelu"])
+def test_measured_error_is_that_of_the_best_clip(
+    observe: Observe, sqnr_db: Sqnr, samples: dict[str, Array], name: str, spec: QuantSpec
+) -> None:
+    x = samples[name]
+    stats = observe(x)
+    found = sqnr_db(x, Mse().choose(stats, spec), spec)
+    assert found >= sqnr_db(x, MinMax().choose(stats, spec), spec)
+    assert found >= best_by_brute_force(x, spec, sqnr_db) - 0.1
+
+
+def test_integers_in_their_own_format_keep_their_exact_range(observe: Observe, sqnr_db: Sqnr) -> None:
+    x = np.random.default_rng(0).binomial(255, 0.2, 5000).astype(np.float32)
+    x[:2] = 0, 255
+    chosen = Mse().choose(observe(x), QuantSpec(FORMATS["uint8"]))
+    assert [chosen.lo, chosen.hi] == [0, 255]
+
+
+def test_outlier_that_weighs_more_than_all_else_is_kept(observe: Observe, samples: dict[str, Array]) -> None:
+    x = np.append(samples["gauss"], np.float32(1000))
+    assert Mse().choose(observe(x), QuantSpec(FORMATS["uint8"])).hi > 990
+
+
+def test_two_ends_are_cut_apart(observe: Observe) -> None:
+    rng = np.random.default_rng(1)
+    x = np.concatenate([-rng.uniform(0, 3, 50_000), rng.exponential(size=50_000)]).astype(np.float32)
+    chosen = Mse().choose(observe(x), QuantSpec(FORMATS["uint4"]))
+    assert chosen.lo < -2.7
+    assert chosen.hi < 0.6 * x.max()
+
+
+@pytest.mark.parametrize("fmt", ["uint2", "uint4", "uint8", "uint16"])
+@pytest.mark.parametrize("seed", range(20))
+def test_never_worse_than_minmax_on_the_histogram(observe: Observe, seed: int, fmt: str) -> None:
+    rng = np.random.default_rng(seed)
+    drawn = rng.choice([rng.standard_normal(50), rng.standard_cauchy(50), rng.integers(-3, 9, 50)])
+    x = drawn * 10.0 ** rng.integers(-20, 20)
+    stats, spec = observe(x), QuantSpec(FORMATS[fmt])
+    chosen = Mse().choose(stats, spec)
+    mine, minmax = expected_error(stats.bins, np.array([chosen.lo, stats.lo]), np.array([chosen.hi, stats.hi]), spec)
+    assert mine <= minmax
