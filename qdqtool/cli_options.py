@@ -1,0 +1,170 @@
+"""The command line's vocabulary: grouped help with examples, values as users type them, and options that become a recipe."""
+
+from __future__ import annotations
+
+import re
+import tomllib
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import TYPE_CHECKING, Any, Final
+
+import click
+
+if TYPE_CHECKING:
+    from qdqtool.recipe import Recipe
+
+PROVIDERS: Final = ("auto", "cpu", "cuda", "tensorrt")
+Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
+
+
+class Option(click.Option):
+    """An option that belongs to a section of the help page."""
+
+    def __init__(self, *args: Any, section: str = "Options", **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.section = section
+
+
+class Command(click.Command):
+    """A command whose help page groups options by section and ends in examples."""
+
+    def __init__(self, *args: Any, examples: Sequence[str] = (), **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.examples = examples
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Write one table for each section, in the order the options were declared."""
+        sections: dict[str, list[tuple[str, str]]] = {}
+        for parameter in self.get_params(ctx):
+            record = parameter.get_help_record(ctx)
+            if record is not None:
+                sections.setdefault(getattr(parameter, "section", "Options"), []).append(record)
+        for title, rows in sections.items():
+            with formatter.section(title):
+                formatter.write_dl(rows, col_max=34)
+
+    def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Write the examples, one a line and never wrapped."""
+        if self.examples:
+            with formatter.section("Examples"):
+                formatter.write("".join(f"  {example}\n" for example in self.examples))
+
+
+class Assignment(click.ParamType):
+    """``FIELD=VALUE`` as a pair; the value is read as TOML where it is a TOML number, boolean, string or array."""
+
+    name = "FIELD=VALUE"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[str, object]:
+        """Split and read one assignment."""
+        field, equals, text = str(value).partition("=")
+        if not equals or not field.strip():
+            self.fail(f"{value!r} is not FIELD=VALUE, as in percentile=99.99", param, ctx)
+        return field.strip(), parse_value(text.strip())
+
+
+class NamedOverride(click.ParamType):
+    """``NAME:FIELD=VALUE,FIELD=VALUE`` as a pair of the name and its fields."""
+
+    name = "NAME:FIELD=VALUE,..."
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> tuple[str, dict[str, object]]:
+        """Split at the last colon (names and regular expressions may hold others), then at commas outside of brackets."""
+        name, colon, text = str(value).rpartition(":")
+        if not colon or not name:
+            self.fail(f"{value!r} is not NAME:FIELD=VALUE, as in logits:dtype=int16,symmetric=true", param, ctx)
+        items = re.split(r",(?![^\[]*\])", text)
+        return name, dict(Assignment().convert(item, param, ctx) for item in items)
+
+
+def parse_value(text: str) -> object:
+    """A TOML number, boolean, string or array; any other text as it stands."""
+    try:
+        found = tomllib.loads(f"value = {text}")
+    except tomllib.TOMLDecodeError:
+        return text
+    value = found["value"]
+    return value if len(found) == 1 and isinstance(value, bool | int | float | str | list) else text
+
+
+def options(*declared: Decorator) -> Decorator:
+    """Several option decorators as one; the help page lists them in this order."""
+
+    def decorate(command: Callable[..., Any]) -> Callable[..., Any]:
+        for decorator in reversed(declared):
+            command = decorator(command)
+        return command
+
+    return decorate
+
+
+option = partial(click.option, cls=Option)
+_choice = partial(option, section="What to quantize and how (defaults: see README)")
+_names = partial(option, section="Nodes and tensors")
+
+RECIPE_OPTIONS: Final = options(
+    _choice("--recipe", "recipe_file", metavar="FILE", help="TOML, YAML or JSON; options given here override it."),
+    _choice("--target", metavar="NAME", help="What the file is for: cpu, cuda or tensorrt. [default: cuda]"),
+    _choice("--precision", metavar="NAME", help="Weights and activations. [default: w8a8]"),
+    _choice("--calibrator", metavar="NAME", help="Who chooses the ranges of activations. [default: mse]"),
+    _choice("--set", "settings", type=Assignment(), multiple=True, help="An option of the calibrator (repeatable)."),
+    _choice("--weight-calibrator", metavar="NAME", help="Who chooses the ranges of weights. [default: minmax]"),
+    _choice("--per-channel/--per-tensor", default=None, help="Weights get a scale a channel (default), or one."),
+    _choice("--bias-correction/--no-bias-correction", default=None, help="Keep every layer's mean. [default: on]"),
+    _choice("--reduce-range/--no-reduce-range", default=None, help="7-bit weights, for x86 without VNNI."),
+    _choice("--samples", type=click.IntRange(min=1), metavar="N", help="Calibrate on N samples. [default: all]"),
+    _choice("--seed", type=int, metavar="N", help="Of everything that is random. [default: 0]"),
+    _choice("--min-sqnr", type=float, metavar="DB", help="Gate: below it nothing is written, exit status 1."),
+    _choice("--external-data/--no-external-data", default=None, help="Tensors beside the model. [default: over 2 GB]"),
+    _choice("--images", type=Assignment(), multiple=True, help="Preprocessing of an image folder: resize=256, crop=224."),
+    _names("--op-types", "op_types_to_quantize", multiple=True, metavar="OP,...", help="Only these operators."),
+    _names("--include", "nodes_to_quantize", multiple=True, metavar="REGEX", help="Only nodes whose whole name matches."),
+    _names("--exclude", "nodes_to_exclude", multiple=True, metavar="REGEX", help="Leave nodes of matching name in float."),
+    _names("--tensor", "tensors", multiple=True, type=NamedOverride(), help="dtype, symmetric, granularity, range=[lo,hi]."),
+    _names("--node", "nodes", multiple=True, type=NamedOverride(), help="The same for inputs of nodes that a REGEX matches."),
+)
+"""Every field of the recipe; what is not given is not passed on, so that defaults live in Recipe alone."""
+
+
+def make_recipe(file: str | None, given: Mapping[str, Any]) -> Recipe:
+    """The recipe in ``file``, overridden by the options that were given.
+
+    A calibrator's options in the file are kept while the calibrator stays the same; overrides of tensors, nodes and images are
+    merged field by field, those of the command line first.
+
+    Raises:
+        RecipeError: an unknown field or value; names the file where it stands there.
+    """
+    from qdqtool.errors import RecipeError
+    from qdqtool.recipe import Recipe
+
+    fields = {name: value for name, value in given.items() if value is not None and value != ()}
+    base = {} if file is None else Recipe.read(file)
+    try:
+        stored = Recipe.of(base)
+    except RecipeError as error:
+        raise RecipeError(f"{file}: {error}") from error
+    settings = dict(fields.pop("settings", ()))
+    if settings or "calibrator" in fields:
+        name = fields.get("calibrator", stored.calibrator.name)
+        kept = stored.calibrator.options if name == stored.calibrator.name else {}
+        fields["calibrator"] = {**kept, **settings, "name": name}
+    if "op_types_to_quantize" in fields:
+        fields["op_types_to_quantize"] = [op.strip() for ops in fields["op_types_to_quantize"] for op in ops.split(",")]
+    for name in ("tensors", "nodes"):
+        if name in fields:
+            fields[name] = _merged(base.get(name) or {}, fields[name])
+    if "images" in fields:
+        fields["images"] = {**(base.get("images") or {}), **dict(fields["images"])}  # type: ignore[dict-item]  # a table: checked above
+    return Recipe.of({**base, **fields})
+
+
+def _merged(stored: Any, given: Sequence[tuple[str, Mapping[str, object]]]) -> dict[str, dict[str, object]]:
+    """Overrides by name, the command line's before the file's: of several that match a node the first one counts."""
+    names = dict.fromkeys([*(name for name, _ in given), *stored])
+    merged: dict[str, dict[str, object]] = {name: dict(stored.get(name, {})) for name in names}
+    for name, fields in given:
+        merged[name].update(fields)
+    return merged

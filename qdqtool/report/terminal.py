@@ -1,0 +1,272 @@
+"""Result values as calm text for a terminal: few lines, every number with its unit, the worst first."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+
+from rich.console import Console, Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from qdqtool.compare import Comparison
+from qdqtool.passes_api import Skip, State, Timing
+from qdqtool.placement import is_integer_kernel
+from qdqtool.plan import DerivedFrom, Entry, SharedWith
+from qdqtool.report.units import count, db, duration, listed, percent, size
+from qdqtool.report.values import Report
+
+OUTPUTS = 8
+"""Outputs and tensors listed before the rest is only counted."""
+PLAN_ROWS = 40
+_PERCENT = frozenset({"top1", "top5"})
+_FITTING = {"cpu": ("cpu",), "cuda": ("cuda", "tensorrt"), "tensorrt": ("tensorrt",)}
+"""Providers on which a figure of a target's file is the figure of that target."""
+
+
+def console(*, stderr: bool = False) -> Console:
+    """A console that colours terminals only, and is wide enough for a log file elsewhere."""
+    stream = sys.stderr if stderr else sys.stdout
+    return Console(stderr=stderr, highlight=False, width=None if stream.isatty() else 110)
+
+
+def quantization(
+    report: Report, *, source: str, output: str, written: Sequence[str] = (), verbose: bool = False
+) -> RenderableType:
+    """What ``quantize`` shows: accuracy, what runs in integers, what stayed float and why, times, where it was written."""
+    sizes = report.sizes
+    ratio = sizes.float_bytes / max(sizes.quantized_bytes, 1)
+    change = f"{ratio:.2f} times smaller" if ratio >= 1 else f"{1 / ratio:.2f} times larger"
+    parts = [
+        *_synthetic(report.synthetic),
+        Text.assemble(
+            (f"{source} -> {output}", "bold"),
+            f"   {size(sizes.float_bytes)} -> {size(sizes.quantized_bytes)}, {change}",
+        ),
+        Text(f"{_settings(report.recipe)}, {count(report.samples, 'calibration sample')}", style="dim"),
+        *_accuracy(report),
+        *_integers(report),
+        *stayed_float(report.skipped, {*report.layers} - {*report.weight_only}),
+        *_notes(report.notes),
+        *((*_ranges(report), *_bytes(report), *_passes(report.timings)) if verbose else ()),
+        Text(""),
+        _times(report.timings),
+        *([Text(f"Wrote {', '.join(written)}", style="bold green")] if written else []),
+    ]
+    return Group(*parts)
+
+
+def comparison(found: Comparison, *, reference: str, quantized: str) -> RenderableType:
+    """What ``compare`` shows."""
+    head = Text.assemble((f"{reference} against {quantized}", "bold"), f"   {count(found.samples, 'sample')}")
+    parts: list[RenderableType] = [head, *_sqnr([("", found)], found.provider), *_score(found)]
+    if found.tensors:
+        table = _grid(2)
+        rows = sorted(found.tensors.items(), key=lambda item: item[1])
+        for name, value in rows[:OUTPUTS]:
+            table.add_row(Text(name), db(value))
+        parts += [_head("Tensors in between", "the worst first; first samples only, emulated"), table]
+        parts += _more(len(rows) - OUTPUTS, "tensor", "--json lists all")
+    return Group(*parts)
+
+
+def plan(state: State, *, source: str, verbose: bool = False) -> RenderableType:
+    """What ``quantize --dry-run`` shows: what would be quantized and how, what would not and why."""
+    assert state.plan is not None
+    table = _grid(2, justify="left")
+    entries = list(state.plan.entries.items())
+    for key, entry in entries if verbose else entries[:PLAN_ROWS]:
+        table.add_row(Text(str(key).removeprefix("::")), Text(entry_text(entry)))
+    kernels = Counter(state.plan.kernels.values())
+    return Group(
+        Text.assemble((source, "bold"), "   plan only: nothing was calibrated and nothing is written"),
+        Text(_settings(json.loads(state.recipe.to_json())), style="dim"),
+        _head("To run in integers", f"{count(kernels.total(), 'operator')}: {_operators(kernels)}"),
+        *stayed_float(state.skipped, state.plan.kernels),
+        *_notes(state.notes),
+        _head("Plan", f"{len(entries)} tensors and uses (node::input)"),
+        table,
+        *([] if verbose else _more(len(entries) - PLAN_ROWS, "entry", "-v lists all")),
+    )
+
+
+def listing(title: str, rows: Iterable[tuple[str, str, str]]) -> RenderableType:
+    """Name, one line about it, and where it comes from ("" for built in)."""
+    table = _grid(2, justify="left")
+    for name, summary, origin in rows:
+        mark = Text(f"  (plugin of {origin})", style="magenta") if origin else Text("")
+        table.add_row(Text(name, style="bold"), Text.assemble(summary, mark))
+    return Group(Text(title, style="dim"), table)
+
+
+def entry_text(entry: Entry) -> str:
+    """A plan's entry in words."""
+    if isinstance(entry, SharedWith):
+        return f"shares the range of {str(entry.key).removeprefix('::')}"
+    if isinstance(entry, DerivedFrom):
+        return "int32, scale of the activation times scale of the weight"
+    return str(entry) + (f", range [{entry.fixed[0]:g}, {entry.fixed[1]:g}]" if entry.fixed else "")
+
+
+def _settings(recipe: Mapping[str, object]) -> str:
+    """The recipe in a line: target, precision and calibrator, then what differs from its default."""
+    calibrator = recipe["calibrator"]
+    assert isinstance(calibrator, Mapping)
+    chosen = ", ".join(f"{name} {value}" for name, value in calibrator.items() if name != "name")
+    method = f"calibrator {calibrator['name']}" + (f" ({chosen})" if chosen else "")
+    more = [f"{name} {value}" for name, value in recipe.items() if name not in ("target", "precision", "calibrator")]
+    return ", ".join([f"target {recipe['target']}", str(recipe["precision"]), method, *more])
+
+
+def _synthetic(synthetic: bool) -> list[RenderableType]:
+    line = "SYNTHETIC DATA: ranges and accuracy come from random samples and mean nothing. Do not ship this file."
+    return [Text(f" {line} ", style="bold white on red")] if synthetic else []
+
+
+def _accuracy(report: Report) -> list[RenderableType]:
+    target = str(report.recipe["target"])
+    rows = [("of calibration", report.verification), ("of evaluation", report.evaluation)]
+    known = [(origin, found) for origin, found in rows if found is not None]
+    if not known:
+        return []
+    provider = known[0][1].provider
+    parts = _sqnr(known, provider)
+    if provider not in _FITTING.get(target, (provider,)):
+        parts.append(Text(f"  The file is made for {target}; these figures are the {provider.upper()} provider's.", style="yellow"))
+    return parts + (_score(report.evaluation) if report.evaluation is not None else [])
+
+
+def _sqnr(rows: Sequence[tuple[str, Comparison]], provider: str) -> list[RenderableType]:
+    table = Table.grid(padding=(0, 3), pad_edge=True)
+    for justify in ("left", "left", "right", "right"):
+        table.add_column(justify=justify)  # type: ignore[arg-type]  # a literal type
+    table.add_row(*(Text(title, style="dim") for title in ("SQNR of output", "samples", "fused", "emulated")))
+    hidden = 0
+    for origin, found in rows:
+        outputs = sorted(found.fused.items(), key=lambda item: item[1])
+        hidden += max(0, len(outputs) - OUTPUTS)
+        for name, value in outputs[:OUTPUTS]:
+            table.add_row(Text(name), f"{found.samples} {origin}".strip(), db(value), db(found.emulated[name]))
+    return [
+        _head("Accuracy", f"against the float model, on the {provider.upper()} provider"),
+        table,
+        *_more(hidden, "better output", "--json lists all"),
+        Text("  fused: as the runtime runs it; emulated: every Q and DQ as written, in float", style="dim"),
+    ]
+
+
+def _score(found: Comparison) -> list[RenderableType]:
+    table = Table.grid(padding=(0, 3), pad_edge=True)
+    for justify in ("left", "right", "right", "right"):
+        table.add_column(justify=justify)  # type: ignore[arg-type]  # a literal type
+    if found.metric is not None and found.float_score is not None and found.quantized_score is not None:
+        difference = round(found.quantized_score - found.float_score, 6) + 0.0  # no -0.00
+        is_share = found.metric in _PERCENT
+        form = percent if is_share else "{:.4g}".format
+        table.add_row(*(Text(title, style="dim") for title in ("task", "float", "quantized", "difference")))
+        table.add_row(
+            Text(found.metric), form(found.float_score), form(found.quantized_score),
+            f"{difference:+.2f} points" if is_share else f"{difference:+.4g}",
+        )  # fmt: skip
+    parts: list[RenderableType] = [Text(""), table] if table.row_count else []
+    if found.agreement is not None:
+        parts.append(Text(f"  Both models choose the same class in {percent(100 * found.agreement)} of {found.samples} samples."))
+    return parts
+
+
+def _integers(report: Report) -> list[RenderableType]:
+    target, provider = str(report.recipe["target"]), report.verification.provider if report.verification else "cpu"
+    integer = {op: n for op, n in report.kernels.items() if is_integer_kernel(op)}
+    others = {op: n for op, n in report.kernels.items() if op not in integer}
+    runs = f"{sum(integer.values())} of {count(sum(report.kernels.values()), 'operator')} in the graph that the {provider.upper()} provider runs"
+    parts: list[RenderableType] = []
+    if target != "cpu":
+        planned = Counter(report.layers.values())
+        parts.append(_head(f"Placed for integers on {target}", f"{count(planned.total(), 'operator')}: {_operators(planned)}"))
+        return [*parts, Text(f"  Integer kernels here: {runs}", style="dim")]
+    parts = [_head("In integers", runs), Text(f"  {_operators(integer)}")]
+    return [*parts, Text(f"  others: {_operators(others)}", style="dim")] if others else parts
+
+
+def stayed_float(skipped: Iterable[Skip], integers: Iterable[str]) -> list[RenderableType]:
+    """What was left alone, grouped by reason with the most frequent first; nodes among ``integers`` are not listed."""
+    done = frozenset(integers)
+    parts: list[RenderableType] = []
+    groups: dict[bool, dict[str, list[str]]] = {True: {}, False: {}}
+    for skip in skipped:
+        planned = skip.pass_name == "plan"
+        if not (planned and skip.node in done):
+            reason = skip.reason if planned else f"{skip.pass_name}: {skip.reason}"
+            groups[planned].setdefault(reason, []).append(skip.node)
+    for planned, reasons in groups.items():
+        if reasons:
+            table = _grid(2, justify="right", first="right")
+            for reason, nodes in sorted(reasons.items(), key=lambda item: -len(item[1])):
+                table.add_row(str(len(nodes)), Text.assemble(reason, (f"\n{listed(nodes)}", "dim")))
+            total = sum(map(len, reasons.values()))
+            title = "Stayed float" if planned else "Left as they were by preparation"
+            parts += [_head(title, f"{count(total, 'node')}, by reason"), table]
+    return parts
+
+
+def _notes(notes: Sequence[str]) -> list[RenderableType]:
+    return [_head("Notes", ""), *(Text(f"  {note}") for note in notes)] if notes else []
+
+
+def _ranges(report: Report) -> list[RenderableType]:
+    table = Table.grid(padding=(0, 2), pad_edge=True)
+    for _ in range(5):
+        table.add_column(overflow="fold")
+    table.add_row(*(Text(t, style="dim") for t in ("tensor", "codes", "range", "observed", "by")))
+    for item in report.tensors:
+        seen = "" if item.observed is None else f"[{item.observed[0]:.4g}, {item.observed[1]:.4g}]"
+        table.add_row(Text(item.tensor), item.spec, Text(f"[{item.lo:.4g}, {item.hi:.4g}]"), Text(seen), item.method)
+    return [_head("Ranges", f"{count(len(report.tensors), 'tensor')}, in the units of the model's own values"), table]
+
+
+def _bytes(report: Report) -> list[RenderableType]:
+    table = _grid(2)
+    for name, number in report.sizes.parts.items():
+        table.add_row(name, size(number))
+    return [_head("Parts of the file", ""), table]
+
+
+def _passes(timings: Sequence[Timing]) -> list[RenderableType]:
+    table = _grid(3)
+    for timing in timings:
+        table.add_row(timing.pass_name, duration(timing.seconds), count(timing.changes, "place"))
+    return [_head("Passes", "wall time and places changed"), table]
+
+
+def _times(timings: Sequence[Timing]) -> Text:
+    steps: Counter[str] = Counter()
+    for timing in timings:
+        steps[timing.pass_name] += timing.seconds  # type: ignore[assignment]  # a Counter adds floats as well
+    total = sum(steps.values())
+    large = [(name, seconds) for name, seconds in steps.most_common() if seconds >= 0.03 * total]
+    rest = total - sum(seconds for _, seconds in large)
+    words = [f"{name} {duration(seconds)}" for name, seconds in large] + [f"the rest {duration(rest)}"] * (len(large) < len(steps))
+    return Text(f"Took {duration(total)}: {', '.join(words)}", style="dim")
+
+
+def _operators(counts: Mapping[str, int]) -> str:
+    ordered = sorted(counts.items(), key=lambda item: -item[1])
+    return ", ".join(f"{op} {number}" for op, number in ordered) or "none"
+
+
+def _head(title: str, rest: str) -> Text:
+    return Text.assemble("\n", (title, "bold cyan"), f"  {rest}" if rest else "")
+
+
+def _more(number: int, what: str, where: str) -> list[RenderableType]:
+    return [Text(f"  and {count(number, what)} more; {where}", style="dim")] if number > 0 else []
+
+
+def _grid(columns: int, *, justify: str = "right", first: str = "left") -> Table:
+    table = Table.grid(padding=(0, 2), pad_edge=True)
+    for index in range(columns):
+        last = justify if first == "left" else "left"
+        table.add_column(justify=first if index == 0 else last, overflow="fold")  # type: ignore[arg-type]  # a literal type
+    return table
