@@ -18,6 +18,25 @@ from qdqtool.passes.raise_opset import RaiseOpset
 from qdqtool.passes.remove_identity import RemoveIdentity
 from qdqtool.passes.verify import Verify
 
+__all__ = [
+    "BUILTIN",
+    "AddBias",
+    "ChooseRanges",
+    "CorrectBias",
+    "FoldBatchnorm",
+    "FoldConstants",
+    "FoldScaleShift",
+    "FuseLinearBias",
+    "InferShapes",
+    "InsertQdq",
+    "LiftConstants",
+    "Observe",
+    "PlanQuantization",
+    "RaiseOpset",
+    "RemoveIdentity",
+    "Verify",
+]
+
 BUILTIN = (
     LiftConstants,
     RaiseOpset,

@@ -1,4 +1,4 @@
-"""Give layers without a bias one of zeros, so that bias correction has a place to write to; it costs nothing at run time."""
+"""Give layers without a bias one of zeros, for bias correction to write to; it costs nothing at run time."""
 
 from __future__ import annotations
 

@@ -1,6 +1,7 @@
-"""Choose scale and zero point for everything planned: activations by the recipe's calibrator, weights from their values.
+"""Choose scale and zero point for everything planned: activations by the calibrator, weights from their values.
 
-A weight's scale is raised where the layer's int32 bias would overflow otherwise: S_w >= |b| / (S_x * 2^31), per channel.
+A weight's scale is raised where the layer's int32 bias would overflow otherwise: S_w >= |b| / (S_x * 2^30), per
+channel.
 """
 
 from __future__ import annotations
@@ -14,12 +15,14 @@ from qdqtool import affine, registry
 from qdqtool import graph as graphs
 from qdqtool.calibrator_api import Calibrator
 from qdqtool.graph import Array
+from qdqtool.linear import bias_place
 from qdqtool.passes_api import Fact, State
-from qdqtool.plan import DerivedFrom, Key, Use
-from qdqtool.spec import QuantizedWeight, QuantParams, QuantSpec, Range
+from qdqtool.plan import Key, Use, params_of
+from qdqtool.spec import FloatArray, QuantizedWeight, QuantParams, QuantSpec, Range
 from qdqtool.statistics import TensorStatistics
 
 _BIAS_LIMIT = 2.0**30  # half of int32, so that products have room in the accumulator
+_TINY = float(np.finfo(np.float32).tiny)  # least S_x * S_w: a smaller one would be flushed to 0 by some kernels
 
 
 @dataclass(frozen=True)
@@ -52,47 +55,65 @@ class ChooseRanges:
                 values = cast(Array, graphs.constant(tensors[state.plan.tensors[key]]))
                 params[key] = quantize_weight(values, spec)
         state.params = params
-        self._make_room_for_biases(state, params, tensors)
+        _make_room_for_biases(state, params)
         return len(params)
 
-    def _make_room_for_biases(self, state: State, params: dict[Key, QuantParams | QuantizedWeight], tensors: dict[str, object]) -> None:
-        assert state.plan is not None
-        for key, entry in state.plan.entries.items():
-            if not isinstance(entry, DerivedFrom):
-                continue
-            bias = cast(Array, graphs.constant(tensors[state.plan.tensors[key]])).astype(np.float64)
-            activation = cast(QuantParams, params[state.plan.resolve(entry.activation)])
-            weight = cast(QuantizedWeight, params[state.plan.resolve(entry.weight)])
-            least = np.abs(bias) / (_BIAS_LIMIT * float(activation.scale))
-            if weight.params.scale.ndim == 0:
-                least = least.max(initial=0.0)
-            if np.any(least > weight.params.scale):
-                values = cast(Array, graphs.constant(tensors[state.plan.tensors[entry.weight]]))
-                scale = np.maximum(weight.params.scale, least).astype(np.float32)
-                changed = replace(weight.params, scale=scale, method=f"{weight.params.method}, widened for the bias")
-                params[entry.weight] = QuantizedWeight(affine.quantize(values, changed), changed)
-                node = entry.weight.node if isinstance(entry.weight, Use) else str(entry.weight)
-                state.notes.append(
-                    f"weight scales of {node!r} were widened in {int(np.sum(least > weight.params.scale))} channels, "
-                    f"so that its large bias fits into int32"
-                )
+
+def _make_room_for_biases(state: State, params: dict[Key, QuantParams | QuantizedWeight]) -> None:
+    """Raise weight scales until every bias fits into int32; lower those of channels of zeros, so that their bias is exact.
+
+    A bias that the plan leaves in float counts too: the runtime makes int32 of it by itself.
+    """
+    assert state.plan is not None
+    outputs, nodes = graphs.output_ids(state.graph), {node.name: node for node in state.graph.nodes}
+    for key in [key for key in params if isinstance(key, Use) and key.index == 1 and key in state.plan.constants]:
+        node, place = nodes[key.node], bias_place(nodes[key.node], outputs)
+        source = state.plan.activation_of(node.name, 0, node.inputs[0].name)
+        if place is None or source is None:
+            continue
+        activation, weight = params_of(params[state.plan.resolve(source)]), params_of(params[key])
+        bias = cast(Array, graphs.constant(nodes[place.node].inputs[place.index])).astype(np.float64)
+        values = cast(Array, graphs.constant(node.inputs[1]))
+        scale = _scale_with_room(values, weight, bias, float(activation.scale))
+        if np.array_equal(scale, weight.scale):
+            continue
+        raised = int(np.sum(scale > weight.scale))
+        method = f"{weight.method}, widened for the bias" if raised else weight.method
+        changed = replace(weight, scale=scale, method=method)
+        params[key] = QuantizedWeight(affine.quantize(values, changed), changed)
+        if raised:
+            state.notes.append(
+                f"weight scales of {node.name!r} were widened in {raised} channels, so that its bias fits into int32"
+            )
+
+
+def _scale_with_room(values: Array, weight: QuantParams, bias: FloatArray, activation_scale: float) -> Array:
+    """The weight's scale, changed where the bias needs it; float32 of the same shape."""
+    least = np.maximum(np.abs(bias) / _BIAS_LIMIT, _TINY) / activation_scale
+    ends = affine.tensor_range(values, weight.spec)
+    if weight.scale.ndim == 0:
+        least = least.max(initial=0.0)
+    empty = (ends.lo == 0) & (ends.hi == 0)
+    return np.where(empty, least, np.maximum(weight.scale, least)).astype(np.float32)
 
 
 def activation_params(calibrator: Calibrator, stats: TensorStatistics | None, spec: QuantSpec) -> QuantParams:
     """Scale and zero point of an activation: the user's range, or the calibrator's, kept inside the spec's bound."""
     if spec.fixed is not None or stats is None:
         assert spec.fixed is not None
-        return affine.params_from_range(Range(*map(np.float64, spec.fixed)), spec, "set by the user")
+        return affine.params_from_range(_fixed(spec.fixed), spec, "set by the user")
     chosen = calibrator.choose(stats, spec)
     if spec.bound is not None:
         chosen = Range(np.maximum(chosen.lo, spec.bound[0]), np.minimum(chosen.hi, spec.bound[1]))
     return affine.params_from_range(chosen, spec, calibrator.name)
 
 
+def _fixed(ends: tuple[float, float]) -> Range:
+    return Range(np.asarray(ends[0], np.float64), np.asarray(ends[1], np.float64))
+
+
 def quantize_weight(values: Array, spec: QuantSpec) -> QuantizedWeight:
     """Codes of a constant whose range covers all its values, or is the user's."""
-    chosen = affine.tensor_range(values, spec) if spec.fixed is None else Range(*map(np.float64, spec.fixed))
+    chosen = affine.tensor_range(values, spec) if spec.fixed is None else _fixed(spec.fixed)
     params = affine.params_from_range(chosen, spec, "minmax" if spec.fixed is None else "set by the user")
     return QuantizedWeight(affine.quantize(values, params), params)
-
-

@@ -2,23 +2,24 @@
 
     b_c <- b_c + k_c d_c,    d_c = E[y_float,c - y_quantized,c]
 
-layer after layer with quantized inputs (Nagel et al., Data-Free Quantization Through Weight Equalization and Bias Correction, ICCV 2019,
-section 4.2; Banner et al., NeurIPS 2019, for the weights' part). The quantized graph computes its own correction: behind each layer, nodes
-take the mean of its output over the batch, subtract it from the float mean, and add the difference before the next layer reads. So the whole
-sequence of corrections costs one inference of the float and one of the quantized model on the held samples.
+layer after layer with quantized inputs (Nagel et al., Data-Free Quantization Through Weight Equalization and Bias
+Correction, ICCV 2019, section 4.2; Banner et al., NeurIPS 2019, for the weights' part). The quantized graph computes
+its own correction: behind each layer, nodes take the mean of its output over the batch, subtract it from the float
+mean, and add the difference before the next layer reads. So the whole sequence of corrections costs one inference of
+the float and one of the quantized model on the held samples.
 
-A few samples tell d_c only up to a standard error s_c, and a shift that is noise does harm: it is the same at every position, so nothing
-averages it out. Each d_c is therefore shrunk by what the spread between samples says about it (empirical Bayes, the variance t² of the
-true shifts pooled over the layer's channels; Efron and Morris, JASA 1973):
+A few samples tell d_c only up to a standard error s_c, and a shift that is noise does harm: it is the same at every
+position, so nothing averages it out. Each d_c is therefore shrunk by what the spread between samples says about it
+(empirical Bayes, the variance t² of the true shifts pooled over the layer's channels; Efron and Morris, JASA 1973):
 
     k_c = t² / (t² + s_c²),    t² = max(0, mean_c d_c² - mean_c s_c²)
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Final
+from typing import Any, ClassVar, Final
 
 import numpy as np
 import onnx_graphsurgeon as gs
@@ -26,6 +27,7 @@ import onnx_graphsurgeon as gs
 from qdqtool import graph as graphs
 from qdqtool import model as models
 from qdqtool import runtime
+from qdqtool.batching import Batch, Batching, Sample
 from qdqtool.data import Feeds
 from qdqtool.insert import insert
 from qdqtool.linear import BiasPlace, bias_place, replace_constant
@@ -55,6 +57,9 @@ class CorrectBias:
             return 0
         quantized = _correcting(insert(state.graph, state.plan, state.params), layers)
         differences = _run(state, _measuring(graphs.copy(state.graph), layers), quantized, list(layers))
+        if not differences:
+            state.notes.append("biases were not corrected: every sample held NaN or infinite values")
+            return 0
         taken = graphs.tensor_names(state.graph)
         nodes = {node.name: node for node in state.graph.nodes}
         corrected = 0
@@ -123,7 +128,7 @@ class _Builder:
         return self.op("ReduceMean", tensor, axes=[axis], keepdims=0)
 
     def sample_means(self, tensor: gs.Tensor, place: BiasPlace, rows: gs.Tensor) -> gs.Variable:
-        """Mean over all but samples and channels, shape (samples, channels); ``rows`` is the number of samples, int64 (1,)."""
+        """Mean over all but samples and channels, shape (samples, channels); ``rows``: how many samples, int64 (1,)."""
         channels, rest = self.constant([place.channels], np.int64), self.constant([-1], np.int64)
         order = [rows, rest, channels] if place.axis == -1 else [rows, channels, rest]
         shape = self.op("Concat", *order, axis=0)
@@ -149,7 +154,8 @@ def _measuring(graph: gs.Graph, layers: Mapping[str, BiasPlace]) -> gs.Graph:
 def _correcting(graph: gs.Graph, layers: Mapping[str, BiasPlace]) -> gs.Graph:
     """The quantized graph that corrects every layer as it runs.
 
-    It takes the float means as inputs and gives, as its only outputs, the differences (samples, channels) that it found.
+    It takes the float means as inputs and gives, as its only outputs, the differences (samples, channels) that it
+    found.
     """
     nodes = {node.name: node for node in graph.nodes}
     rows = _rows_input()
@@ -194,16 +200,34 @@ def _shrinking(build: _Builder, differences: gs.Variable, rows: gs.Variable) -> 
 
 
 def _run(state: State, plain: gs.Graph, quantized: gs.Graph, layers: list[str]) -> dict[str, FloatArray]:
-    """Float minus quantized means of the held samples by layer, float64 (samples, channels)."""
+    """Float minus quantized means of the held samples by layer, float64 (samples, channels); {} without a finite one."""
     assert state.batching is not None
     config = {"session.disable_quant_qdq": "1"}  # weights become floats at load, activations keep their Q/DQ
     measure = runtime.session(models.to_proto(plain, state.header), provider=state.provider)
     correct = runtime.session(models.to_proto(quantized, state.header), provider=state.provider, config=config)
+    measured = _means(measure, state.batching, state.held)
+    usable = [sample for batch, means in measured for sample in _finite(batch, means)]
+    if len(usable) < len(state.held):  # NaN and Inf of one sample would spoil the shifts of all
+        measured = _means(measure, state.batching, usable)
     parts: list[list[FloatArray]] = []
-    for batch in state.batching.together(len(state.held)).batches(state.held):
-        feeds: Feeds = {**batch.feeds, f"{_PREFIX}rows": np.array([batch.rows], np.int64)}
-        means = runtime.run(measure, None, feeds)
+    for batch, means in measured:
         wanted = {f"{_PREFIX}{name}.wanted": mean for name, mean in zip(layers, means, strict=True)}
-        outputs = runtime.run(correct, None, {**feeds, **wanted})
+        outputs = runtime.run(correct, None, {**_fed(batch), **wanted})
         parts.append([batch.real(output).astype(np.float64) for output in outputs])
-    return {name: np.concatenate([part[i] for part in parts]) for i, name in enumerate(layers)}
+    return {name: np.concatenate([part[i] for part in parts]) for i, name in enumerate(layers)} if parts else {}
+
+
+def _fed(batch: Batch) -> Feeds:
+    return {**batch.feeds, f"{_PREFIX}rows": np.array([batch.rows], np.int64)}
+
+
+def _means(measure: Any, batching: Batching, samples: Sequence[Sample]) -> list[tuple[Batch, list[graphs.Array]]]:
+    """The float model's means of every layer, (rows, channels) each, batch by batch."""
+    batches = batching.together(len(samples)).batches(samples)
+    return [(batch, runtime.run(measure, None, _fed(batch))) for batch in batches]
+
+
+def _finite(batch: Batch, means: Sequence[graphs.Array]) -> Iterator[Sample]:
+    """The samples of a batch for which every mean is finite."""
+    fine = np.all([np.isfinite(batch.real(mean)).all(axis=1) for mean in means], axis=0)
+    return (sample for sample, good in zip(batch.samples, fine, strict=True) if good)

@@ -34,7 +34,7 @@ class Observe:
             if stats.first_non_finite is not None:
                 position = stats.first_non_finite[0]
                 state.notes.append(
-                    f"tensor {name!r} held {stats.nan} NaN and {stats.inf} infinite values, first in sample {position}; "
-                    f"its range comes from the finite ones"
+                    f"tensor {name!r} held {stats.nan} NaN and {stats.inf} infinite values, first in sample "
+                    f"{position}; its range comes from the finite ones"
                 )
         return len(tensors)

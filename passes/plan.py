@@ -1,8 +1,9 @@
 """Decide which uses of which tensors are quantized on the target, without any number yet.
 
-A walk forward over the graph gives every tensor a state: in integers (its producer's kernel puts them out), either (the kernel can put
-out both), or float. A walk back finds which tensors that can be either are wanted in integers by a reader. Both are linear in the nodes.
-Then each operator in integers gets its entries: its activations, unless their producer gives them, its weight and bias, its output.
+A walk forward over the graph gives every tensor a state: in integers (its producer's kernel puts them out), either (the
+kernel can put out both), or float. A walk back finds which tensors that can be either are wanted in integers by a
+reader. Both are linear in the nodes. Then each operator in integers gets its entries: its activations, unless their
+producer gives them, its weight and bias, its output.
 """
 
 from __future__ import annotations
@@ -38,6 +39,10 @@ class PlanQuantization:
         """Set ``state.plan``; returns its number of entries."""
         state.plan = _Planner(state).plan()
         return len(state.plan.entries)
+
+
+_MASK: Final = 1e4
+"""Magnitude from which a constant operand is taken for a mask: models write -1e4, -65504, -1e9 or -3.4e38."""
 
 
 class _Kind(enum.Enum):
@@ -108,11 +113,19 @@ class _Planner:
                     self._set_kinds(unit, _Kind.EITHER)
                     yield unit
                 elif graphs.is_float(node.outputs[0]):
-                    self._skip(node, "its inputs are float here; converting them for this operator alone would cost more than it gains")
+                    self._skip(
+                        node,
+                        "its inputs are float here; converting them for this operator alone costs more than it gains",
+                    )
                 return
         if rule.output in (Emit.ALWAYS, Emit.WANTED):
             self._fuse(unit)
-        emitted = {Emit.ALWAYS: _Kind.INTEGER, Emit.SAME: _Kind.INTEGER, Emit.WANTED: _Kind.EITHER, Emit.NEVER: _Kind.FLOAT}
+        emitted = {
+            Emit.ALWAYS: _Kind.INTEGER,
+            Emit.SAME: _Kind.INTEGER,
+            Emit.WANTED: _Kind.EITHER,
+            Emit.NEVER: _Kind.FLOAT,
+        }
         self._set_kinds(unit, emitted[rule.output])
         yield unit
 
@@ -124,12 +137,13 @@ class _Planner:
         reason = None
         if rule is None:
             reason = f"{node.op} has no integer kernel on target {self.target.name}"
-        elif not all(t.dtype == np.float32 for t in (node.inputs[0], node.outputs[0])):
-            reason = f"its tensors are {node.inputs[0].dtype}, not float32"
+        elif (reason := _no_float32(node, rule)) is not None:
+            pass
         elif self.graph.opset < rule.min_opset:
             reason = f"{node.op} has an integer form only from opset {rule.min_opset} on"
         else:
-            reason = self.selection.left_out(node) or _OBSTACLES.get(node.op, lambda _: None)(node)
+            obstacle = _OBSTACLES.get(node.op, lambda _: None)
+            reason = self.selection.left_out(node) or obstacle(node) or _extreme_constant(node, rule)
         if rule is not None and reason is None and rule.weight_only and not graphs.is_constant(node.inputs[1]):
             reason = "its weight is computed at run time"
         if reason is not None:
@@ -203,7 +217,10 @@ class _Planner:
             self._emit_weight(unit)
         if rule.weight_only:
             self.weight_only.add(node.name)
-            self._skip(node, f"{node.op} has no integer kernel on target {self.target.name}: its weight alone is stored in integers")
+            self._skip(
+                node,
+                f"{node.op} has no integer kernel on target {self.target.name}: its weight alone is stored in integers",
+            )
             return
         self.kernels[node.name] = node.op
         if all(self._in_integers(t) for t in unit.outputs):
@@ -258,7 +275,7 @@ class _Planner:
             self.constants.add(key)
 
     def _share_concat(self, unit: _Unit) -> None:
-        """Let a Concat's inputs that nothing else reads take over its range, where no activation function forbids it."""
+        """Let a Concat's inputs that nothing else reads take over its range, unless activation functions forbid it."""
         if unit.node.op != "Concat" or Output(unit.outputs[0].name) not in self.entries:
             return
         root = Output(unit.outputs[0].name)
@@ -281,8 +298,14 @@ class _Planner:
         if node.inputs[0].dtype != np.float32 or self.selection.left_out(node) is not None:
             return
         makers = [graphs.producer(t) for t in node.inputs]
-        convs = [i for i, m in enumerate(makers) if m is not None and m.op == "Conv" and m.name in self.kernels
-                 and graphs.single_use(node.inputs[i], self.outputs) is not None]
+        convs = [
+            i
+            for i, m in enumerate(makers)
+            if m is not None
+            and m.op == "Conv"
+            and m.name in self.kernels
+            and graphs.single_use(node.inputs[i], self.outputs) is not None
+        ]
         if not convs:
             self._skip(node, "no convolution feeds it, so there is nothing to fuse it with")
             return
@@ -303,6 +326,39 @@ def _activation_bound(node: gs.Node) -> tuple[float, float] | None:
             return None
         limits.append(float(value) if value is not None else float(node.attrs.get(name, default)))
     return (limits[0], limits[1]) if limits[0] <= 0 < limits[1] else None
+
+
+def _operands(node: gs.Node, rule: OpRule) -> list[gs.Tensor]:
+    """The inputs that would be quantized: activations and weight."""
+    indices = (
+        range(len(node.inputs)) if rule.activations is None else (*rule.activations, *((1,) if rule.weight else ()))
+    )
+    found = (graphs.input_at(node, i) for i in dict.fromkeys(indices))
+    return [tensor for tensor in found if tensor is not None]
+
+
+def _no_float32(node: gs.Node, rule: OpRule) -> str | None:
+    for tensor in (*_operands(node, rule), node.outputs[0]):
+        if tensor.dtype is None:
+            return f"the type of {tensor.name!r} is not known"
+        if tensor.dtype != np.float32:
+            return f"{tensor.name!r} is {np.dtype(tensor.dtype).name}, not float32"
+    return None
+
+
+def _extreme_constant(node: gs.Node, rule: OpRule) -> str | None:
+    """A mask (-inf, -3.4e38, -1e4 where attention must not look) has no place among the codes of ordinary values."""
+    for tensor in _operands(node, rule):
+        values = graphs.constant(tensor)
+        if values is None or values.size == 0:
+            continue
+        least, greatest = float(values.min()), float(values.max())
+        if not math.isfinite(least) or not math.isfinite(greatest):
+            return f"its constant {tensor.name!r} holds NaN or infinite values"
+        is_weight = rule.weight and tensor is node.inputs[1]
+        if not is_weight and max(-least, greatest) >= _MASK:
+            return f"its constant {tensor.name!r} reaches {least if -least > greatest else greatest:.3g}, as masks do"
+    return None
 
 
 def _resize_obstacle(node: gs.Node) -> str | None:

@@ -1,4 +1,4 @@
-"""Verify the quantized model before anything is written: checker, loading, finite outputs, SQNR on held calibration samples."""
+"""Verify the quantized model before it is written: checker, loading, finite outputs, SQNR on calibration samples."""
 
 from __future__ import annotations
 
@@ -38,7 +38,9 @@ class Verify:
             models.check(proto)
             state.kernels, fused = placement.load_and_count(proto, provider=state.provider)
         except ModelError as error:
-            raise ModelError(f"the quantized model was not written, because pass {self.name!r} refuses it: {error}") from error
+            raise ModelError(
+                f"the quantized model was not written, because pass {self.name!r} refuses it: {error}"
+            ) from error
         sessions = (
             runtime.session(state.original, provider=state.provider),
             fused,
@@ -48,15 +50,14 @@ class Verify:
         sums = [{name: Sqnr() for name in names} for _ in range(2)]
         samples = state.held[:VERIFIED]
         for batch in state.batching.batches(samples):
-            want, *others = (
-                [batch.real(v) for v in runtime.run(active, names, batch.feeds)] for active in sessions
-            )
+            want, *others = ([batch.real(v) for v in runtime.run(active, names, batch.feeds)] for active in sessions)
             for index, name in enumerate(names):
                 for total, got in zip(sums, others, strict=True):
                     if np.isfinite(want[index]).all() and not np.isfinite(got[index]).all():
                         raise ModelError(
-                            f"the quantized model was not written: its output {name!r} holds NaN or Inf where the float "
-                            f"model's does not (pass {self.name!r}); exclude layers with extreme values, or report this model"
+                            f"the quantized model was not written: its output {name!r} holds NaN or Inf where the "
+                            f"float model's does not (pass {self.name!r}); exclude layers with extreme values, or "
+                            f"report this model"
                         )
                     total[name].add(want[index], got[index])
         fused_db, emulated_db = ({name: s.db for name, s in total.items()} for total in sums)
@@ -69,7 +70,7 @@ class Verify:
         assert state.verified is not None
         if least is not None and state.verified.worst_db < least:
             raise GateError(
-                f"the quantized model was not written: its SQNR of {state.verified.worst_db:.1f} dB on {state.verified.samples} "
-                f"calibration samples is below --min-sqnr {least:g} dB. Try another calibrator, or leave sensitive layers in float "
-                f"with --exclude"
+                f"the quantized model was not written: its SQNR of {state.verified.worst_db:.1f} dB on "
+                f"{state.verified.samples} calibration samples is below --min-sqnr {least:g} dB. "
+                f"Try another calibrator, or leave sensitive layers in float with --exclude"
             )

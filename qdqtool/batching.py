@@ -1,4 +1,4 @@
-"""Samples out of whatever the user feeds, and batches out of samples, so that neither speed nor result depends on how data came."""
+"""Samples out of whatever the user feeds, and batches out of samples: their form changes neither speed nor result."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ class Batch:
         return [(s.digest, s.position) for s in self.samples]
 
     def real(self, values: npt.NDArray[Any]) -> npt.NDArray[Any]:
-        """The part of an output that belongs to the samples, without the repeated ones; shape (samples, ...) or as it was."""
+        """The part of an output that belongs to the samples, not to repeats; shape (samples, ...) or as it was."""
         if self.rows == len(self.samples):
             return values
         return values.reshape(self.rows, -1)[: len(self.samples)]
@@ -80,7 +80,7 @@ class Batching:
                 position += 1
 
     def together(self, count: int) -> Batching:
-        """Batching for a step that wants ``count`` samples in one batch and keeps no more than one activation at a time."""
+        """Batching for a step that wants ``count`` samples in one batch and keeps one activation at a time."""
         if self.fixed or not self.rows or self.size == 1:
             return self
         return replace(self, size=max(self.size, min(count, _TOGETHER_BYTES // max(self.bytes_each, 1))))
@@ -126,6 +126,11 @@ def choose(samples: Iterable[Sample], count: int) -> list[Sample]:
     return heapq.nsmallest(count, samples, key=lambda s: (s.digest, s.position))
 
 
+def finite(sample: Sample) -> bool:
+    """Whether every float input of the sample holds finite values only."""
+    return all(bool(np.isfinite(array).all()) for array in sample.feeds.values() if array.dtype.kind == "f")
+
+
 def _shapes(feeds: Feeds) -> tuple[object, ...]:
     return tuple((name, array.shape) for name, array in feeds.items())
 
@@ -133,8 +138,8 @@ def _shapes(feeds: Feeds) -> tuple[object, ...]:
 def plan_batching(inputs: Sequence[InputInfo], feeds: Iterable[Feeds], run: Runner) -> Batching:
     """Find out how the model can be batched, by a trial on two samples where its inputs leave the first axis free.
 
-    A free first axis need not be a batch (a Softmax over axis 0 mixes samples): samples are joined only if two of them give the same
-    outputs joined and apart.
+    A free first axis need not be a batch (a Softmax over axis 0 mixes samples): samples are joined only if two of them
+    give the same outputs joined and apart.
 
     Args:
         inputs: what the model wants.

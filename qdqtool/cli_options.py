@@ -1,4 +1,4 @@
-"""The command line's vocabulary: grouped help with examples, values as users type them, and options that become a recipe."""
+"""The command line's vocabulary: grouped help with examples, values as typed, and options that become a recipe."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class Command(click.Command):
         sections: dict[str, list[tuple[str, str]]] = {}
         for parameter in self.get_params(ctx):
             record = parameter.get_help_record(ctx)
-            if record is not None:
+            if record is not None and isinstance(parameter, click.Option):
                 sections.setdefault(getattr(parameter, "section", "Options"), []).append(record)
         for title, rows in sections.items():
             with formatter.section(title):
@@ -50,7 +50,31 @@ class Command(click.Command):
                 formatter.write("".join(f"  {example}\n" for example in self.examples))
 
 
-class Assignment(click.ParamType):
+class Main(click.Group):
+    """Turns the tool's own errors and Ctrl-C into one message and an exit status."""
+
+    command_class = Command
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """In the order of their declaration."""
+        return [*self.commands]
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Run the command; exit with 1 where a gate failed, 2 for the tool's other errors, 130 on Ctrl-C."""
+        from qdqtool.errors import GateError, QdqError
+
+        try:
+            return super().invoke(ctx)
+        except QdqError as error:
+            click.secho("error: ", fg="red", bold=True, nl=False, err=True)
+            click.echo(str(error), err=True)
+            ctx.exit(1 if isinstance(error, GateError) else 2)
+        except KeyboardInterrupt:
+            click.echo("\ninterrupted", err=True)
+            ctx.exit(130)
+
+
+class Assignment(click.ParamType[tuple[str, object]]):
     """``FIELD=VALUE`` as a pair; the value is read as TOML where it is a TOML number, boolean, string or array."""
 
     name = "FIELD=VALUE"
@@ -63,15 +87,16 @@ class Assignment(click.ParamType):
         return field.strip(), parse_value(text.strip())
 
 
-class NamedOverride(click.ParamType):
+class NamedOverride(click.ParamType[tuple[str, dict[str, object]]]):
     """``NAME:FIELD=VALUE,FIELD=VALUE`` as a pair of the name and its fields."""
 
-    name = "NAME:FIELD=VALUE,..."
+    def __init__(self, what: str) -> None:
+        self.name = f"{what}:FIELD=VALUE,..."
 
     def convert(
         self, value: Any, param: click.Parameter | None, ctx: click.Context | None
     ) -> tuple[str, dict[str, object]]:
-        """Split at the last colon (names and regular expressions may hold others), then at commas outside of brackets."""
+        """Split at the last colon (a regular expression may hold others), then at commas outside of brackets."""
         name, colon, text = str(value).rpartition(":")
         if not colon or not name:
             self.fail(f"{value!r} is not NAME:FIELD=VALUE, as in logits:dtype=int16,symmetric=true", param, ctx)
@@ -101,8 +126,16 @@ def options(*declared: Decorator) -> Decorator:
 
 
 option = partial(click.option, cls=Option)
-_choice = partial(option, section="What to quantize and how (defaults: see README)")
+_choice = partial(option, section="What to quantize and how")
 _names = partial(option, section="Nodes and tensors")
+
+RUN_OPTIONS: Final = options(
+    option(
+        "--provider", type=click.Choice(PROVIDERS), default="auto", help="Where models run meanwhile. [default: auto]"
+    ),
+    option("--json", "as_json", is_flag=True, help="Print JSON alone on stdout, all else on stderr."),
+    option("-q", "--quiet", is_flag=True, help="Print warnings and errors only."),
+)
 
 RECIPE_OPTIONS: Final = options(
     _choice("--recipe", "recipe_file", metavar="FILE", help="TOML, YAML or JSON; options given here override it."),
@@ -118,12 +151,30 @@ RECIPE_OPTIONS: Final = options(
     _choice("--seed", type=int, metavar="N", help="Of everything that is random. [default: 0]"),
     _choice("--min-sqnr", type=float, metavar="DB", help="Gate: below it nothing is written, exit status 1."),
     _choice("--external-data/--no-external-data", default=None, help="Tensors beside the model. [default: over 2 GB]"),
-    _choice("--images", type=Assignment(), multiple=True, help="Preprocessing of an image folder: resize=256, crop=224."),
-    _names("--op-types", "op_types_to_quantize", multiple=True, metavar="OP,...", help="Only these operators."),
-    _names("--include", "nodes_to_quantize", multiple=True, metavar="REGEX", help="Only nodes whose whole name matches."),
-    _names("--exclude", "nodes_to_exclude", multiple=True, metavar="REGEX", help="Leave nodes of matching name in float."),
-    _names("--tensor", "tensors", multiple=True, type=NamedOverride(), help="dtype, symmetric, granularity, range=[lo,hi]."),
-    _names("--node", "nodes", multiple=True, type=NamedOverride(), help="The same for inputs of nodes that a REGEX matches."),
+    _choice("--images", type=Assignment(), multiple=True, help="Preprocessing of image files, as in crop=224."),
+    _names(
+        "--op-types", "op_types_to_quantize", multiple=True, metavar="OP,...", help="Only these operators (repeatable)."
+    ),
+    _names(
+        "--include",
+        "nodes_to_quantize",
+        multiple=True,
+        metavar="REGEX",
+        help="Only nodes whose whole name matches (repeatable).",
+    ),
+    _names(
+        "--exclude", "nodes_to_exclude", multiple=True, metavar="REGEX", help="These nodes stay float (repeatable)."
+    ),
+    _names(
+        "--tensor",
+        "tensors",
+        multiple=True,
+        type=NamedOverride("NAME"),
+        help="Fields: dtype, symmetric, granularity, range.",
+    ),
+    _names(
+        "--node", "nodes", multiple=True, type=NamedOverride("REGEX"), help="The same for the inputs of matching nodes."
+    ),
 )
 """Every field of the recipe; what is not given is not passed on, so that defaults live in Recipe alone."""
 
@@ -131,8 +182,8 @@ RECIPE_OPTIONS: Final = options(
 def make_recipe(file: str | None, given: Mapping[str, Any]) -> Recipe:
     """The recipe in ``file``, overridden by the options that were given.
 
-    A calibrator's options in the file are kept while the calibrator stays the same; overrides of tensors, nodes and images are
-    merged field by field, those of the command line first.
+    A calibrator's options in the file are kept while the calibrator stays the same; overrides of tensors and nodes
+    and the preprocessing of images are merged field by field, the command line's first.
 
     Raises:
         RecipeError: an unknown field or value; names the file where it stands there.

@@ -1,4 +1,4 @@
-"""How near the quantized model is to the float one: SQNR of outputs and tensors, agreement of classes, and the task's score."""
+"""How near the quantized model is to the float one: SQNR of outputs and tensors, agreement, and the task's score."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class Sqnr:
     noise: float = 0.0
 
     def add(self, reference: Array, value: Array) -> None:
-        """Add a batch; where the reference is not finite (a mask of -inf), the value must equal it and does not count."""
+        """Add a batch; where the reference is not finite (a mask of -inf) the value must equal it, uncounted."""
         x, y = reference.astype(np.float64), value.astype(np.float64)
         finite = np.isfinite(x)
         if not finite.all():
@@ -63,7 +63,8 @@ class Comparison:
         fused: SQNR in dB of each output, the quantized model run as the runtime optimizes it (integer kernels).
         emulated: the same with graph optimization off: every Q and DQ computed as written, in float.
         tensors: SQNR in dB of tensors that both models have by name, emulated.
-        agreement: share of samples whose greatest entry of the first output is at the same place; None where that has no meaning.
+        agreement: share of samples whose greatest entry of the first output is at the same place; None where that has
+            no meaning.
         metric: name of the task's metric, with the score of either model (higher is better).
         provider: execution provider on which all this was measured.
     """
@@ -145,7 +146,9 @@ def compare(
     if done == 0:
         raise DataError(f"{data.description} holds no samples")
     outputs = [_joined(names, k, plan.rows) for k in kept]
-    scores = [None, None] if score is None or labels is None else [_score(score, o, labels, done, metric) for o in outputs]
+    scores = (
+        [None, None] if score is None or labels is None else [_score(score, o, labels, done, metric) for o in outputs]
+    )
     return Comparison(
         samples=done,
         fused={name: s.db for name, s in fused.items()},
@@ -163,12 +166,13 @@ def _same_outputs(float_names: Sequence[str], quantized_names: Sequence[str]) ->
     missing = [name for name in float_names if name not in quantized_names]
     if missing:
         raise DataError(
-            f"the quantized model has no output {missing[0]!r}; it has {', '.join(quantized_names)}. Are these two forms of one model?"
+            f"the quantized model has no output {missing[0]!r}; it has {', '.join(quantized_names)}. "
+            f"Are these two forms of one model?"
         )
 
 
 def _joined(names: Sequence[str], batches: Sequence[Sequence[Array]], rows: bool) -> dict[str, Array]:
-    """Outputs over all samples, samples first; a list-like object array where shapes differ is not made: those are left out."""
+    """Outputs over all samples, samples first; those whose shapes differ between batches are left out."""
     found = {}
     for index, name in enumerate(names):
         parts = [np.atleast_1d(batch[index]) for batch in batches]
@@ -217,7 +221,9 @@ def _top(k: int) -> Metric:
     def metric(outputs: Mapping[str, Array], labels: Array) -> Array:
         scores = next(iter(outputs.values()))
         scores = scores.reshape(len(scores), -1)
-        best = np.argpartition(-scores, min(k, scores.shape[1]) - 1, axis=1)[:, :k] if k > 1 else scores.argmax(1)[:, None]
+        best = (
+            np.argpartition(-scores, min(k, scores.shape[1]) - 1, axis=1)[:, :k] if k > 1 else scores.argmax(1)[:, None]
+        )
         hits: Array = (best == labels.reshape(-1, 1)).any(axis=1) * 100.0
         return hits
 
@@ -230,7 +236,7 @@ METRICS: Final[Mapping[str, Metric]] = {"top1": _top(1), "top5": _top(5)}
 def tensor_sqnr(
     reference: onnx.ModelProto, quantized: onnx.ModelProto, batches: Iterable[Batch], provider: str = "cpu"
 ) -> dict[str, float]:
-    """SQNR in dB of every float tensor that both models have by name, as the quantized model's readers see it, emulated."""
+    """SQNR in dB of every float tensor that both models have by name, as readers in the quantized one see it."""
     pairs = _shared_tensors(reference, quantized)
     if not pairs:
         return {}

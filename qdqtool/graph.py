@@ -1,6 +1,7 @@
 """A thin helper over onnx-graphsurgeon, so that a pass reads as graph and mathematics.
 
-Tensors of an outer graph that a control-flow body reads are the same objects inside it, so ``uses`` counts those readers too.
+Tensors of an outer graph that a control-flow body reads are the same objects inside it, so ``uses`` counts those
+readers too.
 """
 
 from __future__ import annotations
@@ -82,8 +83,8 @@ def uses(tensor: gs.Tensor) -> list[tuple[gs.Node, int]]:
 def unlink(node: gs.Node) -> None:
     """Let a node read and make nothing any more.
 
-    The library's own ``clear`` finds the node among a tensor's readers with ``==``, which compares whole nodes: with one
-    constant that thousands of nodes share, that takes minutes.
+    The library's own ``clear`` finds the node among a tensor's readers with ``==``, which compares whole nodes: with
+    one constant that thousands of nodes share, that takes minutes.
     """
     for own, others in ((node.inputs, "outputs"), (node.outputs, "inputs")):
         for tensor in own:
@@ -103,7 +104,7 @@ def _drop(links: list[gs.Node], node: gs.Node) -> None:
 
 
 def redirect(old: gs.Tensor, new: gs.Tensor) -> None:
-    """Make every reader of ``old``, those in control-flow bodies included, read ``new``; graph outputs are not touched."""
+    """Make every reader of ``old``, those in control-flow bodies too, read ``new``; graph outputs are not touched."""
     for node, index in uses(old):
         set_input(node, index, new)
 
@@ -111,8 +112,8 @@ def redirect(old: gs.Tensor, new: gs.Tensor) -> None:
 def bypass(node: gs.Node, graph: gs.Graph, outputs: set[int]) -> bool:
     """Take out a node whose first output equals its first input; returns whether that was possible.
 
-    The name of a graph output stays: the producer then writes it directly. Not possible where input and output of the node are
-    both known outside the graph (a graph input handed through, or a tensor given out under two names).
+    The name of a graph output stays: the producer then writes it directly. Not possible where input and output of the
+    node are both known outside the graph (a graph input handed through, or a tensor given out under two names).
     """
     source, result = node.inputs[0], node.outputs[0]
     if id(result) in outputs:

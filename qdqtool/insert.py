@@ -1,7 +1,7 @@
 """Put Q/DQ nodes into a graph: a pure function of graph, plan and parameters.
 
-Every step that needs the quantized model (bias correction, verification, the final file) calls :func:`insert` on the float graph, so that
-the codes of a derived bias always come from the bias and the scales of that moment.
+Every step that needs the quantized model (bias correction, verification, the final file) calls :func:`insert` on the
+float graph, so that the codes of a derived bias always come from the bias and the scales of that moment.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ import numpy.typing as npt
 import onnx
 import onnx_graphsurgeon as gs
 
-from qdqtool import affine
 from qdqtool import graph as graphs
 from qdqtool.errors import PipelineError
 from qdqtool.plan import DerivedFrom, Key, Output, Parameters, Plan, Use, params_of
@@ -58,14 +57,19 @@ class _Inserter:
         try:
             return self.params[root]
         except KeyError:
-            raise PipelineError(f"{root} is planned but has no scale and zero point; choose ranges before inserting") from None
+            raise PipelineError(
+                f"{root} is planned but has no scale and zero point; choose ranges before inserting"
+            ) from None
 
     def _insert_use(self, key: Use) -> None:
         node = self.nodes[key.node]
         tensor = node.inputs[key.index]
         entry = self.plan.entries[key]
         if isinstance(entry, DerivedFrom):
-            weight = derived_bias(cast(Any, graphs.constant(tensor)), *(params_of(self._value(k)) for k in (entry.activation, entry.weight)))
+            weight = derived_bias(
+                cast(Any, graphs.constant(tensor)),
+                *(params_of(self._value(k)) for k in (entry.activation, entry.weight)),
+            )
             if weight is None:
                 raise PipelineError(f"the bias {tensor.name!r} of {key.node!r} overflows int32; leave it in float")
             node.inputs[key.index] = self._stored(tensor, weight)
@@ -95,7 +99,9 @@ class _Inserter:
         for existing, result in known:
             if existing.same_codes(params):
                 return result
-        codes = gs.Variable(self._name(f"{tensor.name}_quantized"), dtype=_onnx_type(params.spec.format), shape=tensor.shape)
+        codes = gs.Variable(
+            self._name(f"{tensor.name}_quantized"), dtype=_onnx_type(params.spec.format), shape=tensor.shape
+        )
         result = gs.Variable(self._name(f"{tensor.name}_dequantized"), dtype=tensor.dtype, shape=tensor.shape)
         scale, zero = self._scale(tensor.name, params, tensor.dtype)
         name = self._name(f"{tensor.name}_QuantizeLinear")
@@ -109,7 +115,9 @@ class _Inserter:
         """The dequantized form of a constant stored in integers; equal copies for several uses are one."""
         known = self.pairs.setdefault((tensor.name, id(tensor)), [])
         for existing, result in known:
-            if existing is weight.params or (existing.same_codes(weight.params) and existing.spec == weight.params.spec):
+            if existing is weight.params or (
+                existing.same_codes(weight.params) and existing.spec == weight.params.spec
+            ):
                 return result
         params = weight.params
         codes = self._codes(self._name(f"{tensor.name}_quantized"), weight.codes, params.spec.format)
@@ -133,7 +141,9 @@ class _Inserter:
     def _codes(self, name: str, codes: npt.NDArray[Any], number_format: Format) -> gs.Constant:
         if number_format.bits >= 8:
             return gs.Constant(name, codes.astype(number_format.name))
-        packed = onnx.helper.make_tensor(name, _onnx_type(number_format), codes.shape, pack(codes, number_format.bits), raw=True)
+        packed = onnx.helper.make_tensor(
+            name, _onnx_type(number_format), codes.shape, pack(codes, number_format.bits), raw=True
+        )
         return gs.Constant(name, gs.ir.tensor.LazyValues(packed))
 
     def _name(self, wanted: str) -> str:
@@ -173,4 +183,3 @@ def derived_bias(bias: npt.NDArray[Any], activation: QuantParams, weight: QuantP
     if scale.ndim:
         spec = QuantSpec(FORMATS["int32"], symmetric=True, granularity=per_channel(0))
     return QuantizedWeight(codes.astype(np.int64), QuantParams(spec, scale, np.zeros(scale.shape, np.int64), "derived"))
-

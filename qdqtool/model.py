@@ -1,6 +1,7 @@
 """The only module that loads and saves ONNX files, and that knows what a trip through onnx-graphsurgeon loses.
 
-A model is an ``onnx.ModelProto`` at the edges of the tool and an ``onnx_graphsurgeon.Graph`` beside a :class:`Header` inside it.
+A model is an ``onnx.ModelProto`` at the edges of the tool and an ``onnx_graphsurgeon.Graph`` beside a :class:`Header`
+inside it.
 """
 
 from __future__ import annotations
@@ -73,11 +74,13 @@ def load(source: ModelSource) -> onnx.ModelProto:
     version = opset(proto)
     if version > MAX_OPSET:
         raise ModelError(
-            f"{name} uses opset {version}; the newest that the runtime loads is {MAX_OPSET}. Export it again with opset_version <= {MAX_OPSET}"
+            f"{name} uses opset {version}; the newest that the runtime loads is {MAX_OPSET}. "
+            f"Export it again with opset_version <= {MAX_OPSET}"
         )
     if version < MIN_OPSET:
         raise ModelError(
-            f"{name} uses opset {version}; the oldest supported is {MIN_OPSET}. Export it again, or raise it with onnx.version_converter"
+            f"{name} uses opset {version}; the oldest supported is {MIN_OPSET}. "
+            f"Export it again, or raise it with onnx.version_converter"
         )
     return proto
 
@@ -128,11 +131,11 @@ def inputs(proto: onnx.ModelProto) -> tuple[InputInfo, ...]:
         if value.name in filled:
             continue
         if not value.type.HasField("tensor_type"):
-            raise ModelError(f"model input {value.name!r} is no tensor; only tensor inputs can be fed from calibration data")
+            raise ModelError(
+                f"model input {value.name!r} is no tensor; only tensor inputs can be fed from calibration data"
+            )
         tensor = value.type.tensor_type
-        shape = tuple(
-            d.dim_value if d.HasField("dim_value") else (d.dim_param or None) for d in tensor.shape.dim
-        )
+        shape = tuple(d.dim_value if d.HasField("dim_value") else (d.dim_param or None) for d in tensor.shape.dim)
         found.append(InputInfo(value.name, onnx.helper.tensor_dtype_to_np_dtype(tensor.elem_type), shape))
     return tuple(found)
 
@@ -255,7 +258,7 @@ def save(proto: onnx.ModelProto, path: str | os.PathLike[str], *, external_data:
     Args:
         proto: the model; it is not changed.
         path: target file; its folder must exist.
-        external_data: tensors over 1 KiB go to ``<name>.data`` beside the file; None: only where the model is over 2 GB.
+        external_data: tensors over 1 KiB go to ``<name>.data`` beside the file; None: where the model is over 2 GB.
 
     Raises:
         ModelError: the folder does not exist or cannot be written.

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
 import onnx
@@ -63,7 +65,6 @@ def observe(
     wanted = [name for name in tensors if name not in feeds]
     active = runtime.session(with_outputs(proto, wanted), provider=provider)
     names = [output.name for output in active.get_outputs()]
-    keep = [(names.index(name), name) for name in wanted]
 
     def run(fed: Feeds) -> dict[str, object]:
         return dict(zip(names, runtime.run(active, names, fed), strict=True))
@@ -71,20 +72,31 @@ def observe(
     plan = batching.plan_batching(models.inputs(proto), data, run)  # type: ignore[arg-type]  # tensor outputs are arrays
     found = {name: TensorStatistics() for name in tensors}
     held: list[Sample] = []
-    done, total = 0, samples
-    for batch in plan.batches(_chosen(plan, data, samples)):
-        outputs = runtime.run(active, wanted, batch.feeds) if wanted else []
-        for (_, name), values in zip(keep, outputs, strict=True):
-            found[name].observe(batch.real(values), batch.keys)
-        for name in feeds & found.keys():
-            found[name].observe(batch.real(batch.feeds[name]), batch.keys)
-        held = batching.choose([*held, *batch.samples], HELD)
-        done += len(batch.samples)
-        if progress is not None:
-            progress("observe", done, total if total is not None else data.count)
+    done = 0
+    with ThreadPoolExecutor(_observers(), "observe") as pool:
+        pending: list[Future[None]] = []
+        for batch in plan.batches(_chosen(plan, data, samples)):
+            outputs = runtime.run(active, wanted, batch.feeds) if wanted else []
+            for task in pending:  # one batch runs while the one before it is counted: two are in memory at most
+                task.result()
+            seen = {name: batch.feeds[name] for name in feeds & found.keys()} | dict(zip(wanted, outputs, strict=True))
+            pending = [
+                pool.submit(found[name].observe, batch.real(values), batch.keys) for name, values in seen.items()
+            ]
+            held = batching.choose([*held, *batch.samples], HELD)
+            done += len(batch.samples)
+            if progress is not None:
+                progress("observe", done, samples if samples is not None else data.count)
+        for task in pending:
+            task.result()
     if done == 0:
         raise DataError(f"{data.description} holds no samples; calibration needs at least one")
     return Observation(Statistics(found, done), tuple(held), plan)
+
+
+def _observers() -> int:
+    """Threads that count while the runtime computes the next batch."""
+    return max(1, (os.cpu_count() or 1) // 4)
 
 
 def _chosen(plan: Batching, data: Data, samples: int | None) -> Iterator[Sample]:

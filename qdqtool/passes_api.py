@@ -1,7 +1,7 @@
 """What a graph pass is, what passes share, and the manager that runs a chain of them.
 
-A pass is a frozen dataclass whose fields are its options. It declares the facts it needs, gives and drops; the manager checks
-the whole chain before anything runs, so that a wrong order is an error about passes and not about tensors.
+A pass is a frozen dataclass whose fields are its options. It declares the facts it needs, gives and drops; the manager
+checks the whole chain before anything runs, so that a wrong order is an error about passes and not about tensors.
 """
 
 from __future__ import annotations
@@ -97,7 +97,7 @@ class State:
     origins: dict[str, tuple[str, ...]] = field(default_factory=dict)
     """Fused node -> names of the user's nodes in it, so that excluding one of them excludes the fused node."""
     batchnorms: dict[str, tuple[object, object]] = field(default_factory=dict)
-    """Tensor -> (beta, abs(gamma)) of the BatchNormalization that was folded into its producer, float64 arrays (channels,)."""
+    """Tensor -> (beta, abs(gamma)) of the BatchNormalization folded into its producer, float64 arrays (channels,)."""
 
     def skip(self, pass_name: str, node: str, reason: str) -> None:
         """Record a candidate left alone; the report shows it."""

@@ -11,7 +11,7 @@ import onnx
 
 import qdqtool
 from qdqtool import model as models
-from qdqtool import runtime
+from qdqtool import registry, runtime
 from qdqtool.data import Data, open_data
 from qdqtool.errors import DataError
 from qdqtool.model import ModelSource
@@ -104,10 +104,10 @@ def quantize(
 
     Args:
         model: path or ModelProto; never changed.
-        data: calibration data: an .npz, .npy or folder of them, a dict of arrays, ``test_data_set_*`` folders, a folder of images,
-            any iterable of dicts, an object with ``get_next()``, or "synthetic:N".
+        data: calibration data: an .npz, .npy or folder of them, a dict of arrays, ``test_data_set_*`` folders, a folder
+            of images, any iterable of dicts, an object with ``get_next()``, or "synthetic:N".
         recipe: a :class:`Recipe` or its fields; ``fields`` override it.
-        provider: "auto" (CUDA where it loads, else the CPU), "cpu", "cuda" or "tensorrt": where the models run meanwhile.
+        provider: "auto" (CUDA where it loads, else the CPU), "cpu", "cuda" or "tensorrt": where models run meanwhile.
         progress: told after every batch.
         callback: called after every pass with the pass, the state and its timing.
         **fields: recipe fields, e.g. ``target="cpu"``, ``calibrator="percentile"``, ``nodes_to_exclude=["head/.*"]``.
@@ -126,7 +126,11 @@ def quantize(
 
 
 def plan(
-    model: ModelSource, *, recipe: Recipe | Mapping[str, object] | None = None, callback: Callback | None = None, **fields: object
+    model: ModelSource,
+    *,
+    recipe: Recipe | Mapping[str, object] | None = None,
+    callback: Callback | None = None,
+    **fields: object,
 ) -> tuple[State, tuple[Timing, ...]]:
     """Prepare the model and plan its quantization without data; the state holds plan, skipped candidates and notes."""
     chosen = make_recipe(recipe, fields)
@@ -144,6 +148,9 @@ def make_recipe(recipe: Recipe | Mapping[str, object] | None, fields: Mapping[st
 def load(model: ModelSource, recipe: Recipe, provider: str) -> tuple[State, frozenset[Fact]]:
     """Load a model into a state; also returns the facts that hold (none)."""
     chosen = target(recipe.target)
+    registry.make(
+        "calibrators", recipe.calibrator.name, recipe.calibrator.options
+    )  # a misspelt name must not cost a calibration
     original = models.load(model)
     resolved, note = runtime.resolve_provider(provider)
     graph, header = models.to_graph(original)
@@ -154,7 +161,8 @@ def load(model: ModelSource, recipe: Recipe, provider: str) -> tuple[State, froz
         state.notes.append(note)
     if chosen.name == "cpu" and not recipe.reduce_range and runtime.saturates_u8s8():
         state.notes.append(
-            "this processor has no VNNI: 16-bit sums of u8 x s8 products can saturate; use reduce_range for 7-bit weights"
+            "this processor has no VNNI: 16-bit sums of u8 x s8 products can saturate; "
+            "use reduce_range for 7-bit weights"
         )
     return state, frozenset()
 

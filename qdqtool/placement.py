@@ -13,7 +13,15 @@ import onnx
 from qdqtool import runtime
 
 _INTEGER_OPS = frozenset(
-    {"QGemm", "MatMulIntegerToFloat", "MatMulInteger", "ConvInteger", "DynamicQuantizeMatMul", "MatMulNBits", "QAttention"}
+    {
+        "QGemm",
+        "MatMulIntegerToFloat",
+        "MatMulInteger",
+        "ConvInteger",
+        "DynamicQuantizeMatMul",
+        "MatMulNBits",
+        "QAttention",
+    }
 )
 
 

@@ -1,7 +1,8 @@
 """What will be quantized and how, before any number is known: values that can be printed and compared.
 
-A plan's key is a *use* (a node reading a tensor at one input) or an *output* (a tensor as its producer puts it out). One tensor may be
-int8 for one reader and float for another, and one bias may serve two layers; uses that agree share one Q/DQ pair when inserted.
+A plan's key is a *use* (a node reading a tensor at one input) or an *output* (a tensor as its producer puts it out).
+One tensor may be int8 for one reader and float for another, and one bias may serve two layers; uses that agree share
+one Q/DQ pair when inserted.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ class Use:
 
 @dataclass(frozen=True)
 class Output:
-    """Tensor ``tensor`` as its producer in graph ``graph`` puts it out; every reader then reads the quantized tensor."""
+    """Tensor ``tensor`` as its producer in graph ``graph`` puts it out; readers then read the quantized tensor."""
 
     tensor: str
     graph: str = ""
@@ -90,9 +91,7 @@ class Plan:
 
     def observed(self) -> tuple[str, ...]:
         """Tensors whose statistics are needed, in order, once each."""
-        wanted = [
-            self.tensors[key] for key, spec in self.specs() if key not in self.constants and spec.fixed is None
-        ]
+        wanted = [self.tensors[key] for key, spec in self.specs() if key not in self.constants and spec.fixed is None]
         return tuple(dict.fromkeys(wanted))
 
     def activation_of(self, node: str, index: int, tensor: str) -> Key | None:

@@ -1,4 +1,4 @@
-"""Recipe: everything a user can choose. TOML, YAML or JSON files, Python keywords and CLI options spell the same fields."""
+"""Recipe: everything a user can choose, spelt as a TOML, YAML or JSON file, as Python keywords or as CLI options."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import re
 import tomllib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Final, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
 
@@ -80,7 +80,7 @@ class Recipe(BaseModel):
     op_types_to_quantize: operators that may be quantized; default: all that the target runs in integers.
     nodes_to_quantize:    regular expressions on whole node names; only these are quantized.
     nodes_to_exclude:     regular expressions on whole node names; these stay float.
-    tensors, nodes:       overrides by whole tensor name, or by regular expression on whole node names (inputs of the node).
+    tensors, nodes:       overrides by whole tensor name, or by regular expression on whole node names (their inputs).
     samples:              number of calibration samples, chosen by content; default: all.
     bias_correction:      shift biases so that every layer keeps its mean on calibration data.
     reduce_range:         7-bit weights, for x86 processors without VNNI, whose 16-bit sums of u8 x s8 saturate.
@@ -153,7 +153,7 @@ class Recipe(BaseModel):
         return self.model_dump(mode="json", exclude_defaults=True, exclude_none=True)
 
     def to_toml(self) -> str:
-        """The recipe as TOML; the three fields that describe every file (target, precision, calibrator) are always there."""
+        """The recipe as TOML; the fields that describe every file (target, precision, calibrator) are always there."""
         import tomli_w
 
         head = self.model_dump(mode="json", include={"target", "precision", "calibrator"})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from importlib import import_module
 from importlib.metadata import EntryPoint, entry_points
@@ -42,7 +43,9 @@ def _load(point: EntryPoint, owner: str) -> type:
     except Exception as error:
         raise PipelineError(f"plugin {point.name!r} of {owner} cannot be imported: {error}") from error
     if getattr(entry, "name", None) != point.name:
-        raise PipelineError(f"plugin {point.name!r} of {owner} calls itself {getattr(entry, 'name', None)!r}; use one name")
+        raise PipelineError(
+            f"plugin {point.name!r} of {owner} calls itself {getattr(entry, 'name', None)!r}; use one name"
+        )
     return entry
 
 
@@ -52,18 +55,17 @@ def make(kind: str, name: str, options: Mapping[str, object]) -> Any:
     Raises:
         RecipeError: unknown name or option, or a value of the wrong kind; names the nearest known one.
     """
-    from pydantic import ConfigDict, TypeAdapter, ValidationError, with_config
+    from pydantic import TypeAdapter, ValidationError
 
     known = catalogue(kind)
     singular = kind.removesuffix("s") if kind != "passes" else "pass"
     if name not in known:
         raise RecipeError(f"unknown {singular} {name!r}; known: {', '.join(known)}.{nearest(name, known)}")
-    fields = known[name].__dataclass_fields__  # type: ignore[attr-defined]  # every entry is a dataclass by contract
+    fields = [field.name for field in dataclasses.fields(known[name])]
     for option in options:
         if option not in fields:
             takes = f"it takes {', '.join(fields)}" if fields else "it takes no options"
             raise RecipeError(f"{singular} {name!r} has no option {option!r}; {takes}.{nearest(option, fields)}")
-    del ConfigDict, with_config
     try:
         return TypeAdapter(known[name]).validate_python(dict(options))
     except ValidationError as error:

@@ -1,4 +1,4 @@
-"""The only module that creates ONNX Runtime sessions: providers, options, and quiet failure where a provider cannot load."""
+"""The only module that creates ONNX Runtime sessions: providers, options, quiet failure where one cannot load."""
 
 from __future__ import annotations
 
@@ -57,7 +57,8 @@ def session(
     options.intra_op_num_threads = threads
     level = ort.GraphOptimizationLevel
     options.graph_optimization_level = level.ORT_ENABLE_ALL if optimize else level.ORT_DISABLE_ALL
-    for key, value in (config or {}).items():
+    # Threads that spin while they wait slow down whatever runs beside them (counting, another program).
+    for key, value in {"session.intra_op.allow_spinning": "0", **(config or {})}.items():
         options.add_session_config_entry(key, value)
     if optimized_path is not None:
         options.optimized_model_filepath = str(optimized_path)
@@ -105,7 +106,9 @@ def resolve_provider(wanted: str) -> tuple[str, str | None]:
         return ("cuda" if wanted == "auto" else wanted), None
     if wanted == "auto":
         return "cpu", f"No CUDA provider ({reason}): measuring on the CPU provider."
-    raise RuntimeUnavailableError(f"the {wanted} provider cannot load here: {reason}. Use --provider cpu, or install qdqtool[cuda]")
+    raise RuntimeUnavailableError(
+        f"the {wanted} provider cannot load here: {reason}. Use --provider cpu, or install qdqtool[cuda]"
+    )
 
 
 @functools.cache
@@ -153,7 +156,7 @@ def quiet_native() -> Iterator[None]:
 
 
 def conflicting_packages() -> str | None:
-    """A line for the user where both onnxruntime and onnxruntime-gpu are installed; they overwrite each other's files."""
+    """A line for the user where onnxruntime and onnxruntime-gpu, which overwrite each other's files, are both there."""
     found = []
     for name in ("onnxruntime", "onnxruntime-gpu"):
         with contextlib.suppress(PackageNotFoundError):
@@ -173,4 +176,3 @@ def saturates_u8s8() -> bool:
     except OSError:
         return False
     return "avx2" in flags and "avx512_vnni" not in flags and "avx_vnni" not in flags
-

@@ -1,4 +1,4 @@
-"""What a recipe says about nodes and tensors by name, resolved against one model; names that match nothing are errors."""
+"""What a recipe says about nodes and tensors by name, resolved against one model; names without a match are errors."""
 
 from __future__ import annotations
 
@@ -77,10 +77,12 @@ class Selection:
                 continue
             if name in self._user_tensors:
                 raise RecipeError(
-                    f"tensors override {name!r}: the plan does not quantize this tensor (it stays float, or was fused away)."
-                    f"{nearest(name, known)} See the plan with --dry-run"
+                    f"tensors override {name!r}: the plan does not quantize this tensor (it stays float, or was "
+                    f"fused away).{nearest(name, known)} See the plan with --dry-run"
                 )
-            raise RecipeError(f"tensors override {name!r} matches no tensor.{nearest(name, known | self._user_tensors)}")
+            raise RecipeError(
+                f"tensors override {name!r} matches no tensor.{nearest(name, known | self._user_tensors)}"
+            )
 
     def left_out(self, node: gs.Node) -> str | None:
         """Why the user leaves the node float; None where they do not."""

@@ -68,7 +68,9 @@ def number_format(name: str) -> Format:
     try:
         return FORMATS[name]
     except KeyError:
-        raise RecipeError(f"unknown number format {name!r}; known: {', '.join(FORMATS)}.{nearest(name, FORMATS)}") from None
+        raise RecipeError(
+            f"unknown number format {name!r}; known: {', '.join(FORMATS)}.{nearest(name, FORMATS)}"
+        ) from None
 
 
 class Scheme(enum.StrEnum):
@@ -164,7 +166,7 @@ class QuantSpec:
 
     @property
     def steps(self) -> int:
-        """n = qmax - qmin, the number of steps."""
+        """Number of steps, n = qmax - qmin."""
         return self.qmax - self.qmin
 
     def __str__(self) -> str:

@@ -24,7 +24,7 @@ _SHIFT: Final = 23 - MANTISSA_BITS
 _PAGE: Final = 1 << MANTISSA_BITS  # bins of one power of two
 _LEAST: Final = np.array(1 << _SHIFT, np.uint32).view(np.float32)[()]  # least magnitude with a bin of its own
 _WINDOW: Final = 10  # pages counted at once, so that the table stays in the cache; the few smaller values come after
-_CHUNK: Final = 1 << 17  # elements
+_CHUNK: Final = 1 << 15  # elements; a chunk's temporaries stay in the second-level cache
 
 RECORD: Final = np.dtype([("sample", "S16"), ("position", np.int64), ("lo", np.float32), ("hi", np.float32)])
 """One sample's content hash, its position in the data, and its least and greatest finite value."""
@@ -88,9 +88,7 @@ class Histogram:
     """Counts by (sign, exponent, ten mantissa bits) in pages of one power of two, made on first use."""
 
     def __init__(self) -> None:
-        self.pages: dict[
-            int, IntArray
-        ] = {}  # signed page number (exponent + 1, negative for negative values) -> counts
+        self.pages: dict[int, IntArray] = {}  # exponent + 1, negative for negative values -> counts
         self.zeros = 0
 
     def add(self, values: npt.NDArray[np.float32], amax: float, negative: bool) -> None:
@@ -99,33 +97,32 @@ class Histogram:
         floor = max(top - _WINDOW, 0) << MANTISSA_BITS
         width = (top + 1 << MANTISSA_BITS) - floor
         table = np.zeros(2 * width if negative else width, np.int64)
+        least, edge = _value_of(np.array([floor, floor + 1])).astype(np.float32)
+        buffers = np.empty((2, min(values.size, _CHUNK)), np.float32)
+        small = []  # zeros apart, what the window's first bin gathers is counted by a window of its own
         for start in range(0, values.size, _CHUNK):
-            bits = values[start : start + _CHUNK].view(np.int32)
-            keys = (bits & 0x7FFFFFFF if negative else bits) >> _SHIFT
-            np.maximum(keys, floor, out=keys)  # the first bin gathers what lies below the window as well
-            keys -= floor
+            chunk = values[start : start + _CHUNK]
+            magnitude = np.abs(chunk, out=buffers[0, : chunk.size]) if negative else chunk
+            keys = np.maximum(magnitude, least, out=buffers[1, : chunk.size]).view(np.int32)
+            keys >>= _SHIFT
+            keys -= np.int32(floor)
+            few = np.flatnonzero((magnitude < edge) & (magnitude >= _LEAST))
+            small.append(chunk[few])
             if negative:
-                keys += (bits >> 31) & width
+                signs = np.right_shift(chunk.view(np.int32), 31, out=buffers[0, : chunk.size].view(np.int32))
+                signs &= np.int32(width)
+                keys += signs
             table += np.bincount(keys, minlength=table.size)
-        if negative:
-            self._add_below(values, floor, int(table[0] + table[width]))
-            table[width] = 0
-            self._store(table[width:], floor, -1)
-        else:
-            self._add_below(values, floor, int(table[0]))
-        table[0] = 0
-        self._store(table[:width], floor, 1)
+        self._finish(table, width, floor, np.concatenate(small) if small else values)
 
-    def _add_below(self, values: npt.NDArray[np.float32], floor: int, expected: int) -> None:
-        """Count zeros, and by a window of their own the other ``expected`` values in the first bin or below it."""
-        zeros = values.size - int(np.count_nonzero(values))
-        if expected > zeros:
-            magnitude = np.abs(values)
-            small = values[(magnitude < _value_of(np.array(floor + 1))) & (magnitude >= _LEAST)]
-            zeros = expected - small.size  # subnormals under 1.2e-41 count as zeros
-            if small.size:
-                self.add(small, float(np.abs(small).max()), bool((small < 0).any()))
-        self.zeros += zeros
+    def _finish(self, table: IntArray, width: int, floor: int, small: npt.NDArray[np.float32]) -> None:
+        """Store a counted window; its first bin holds zeros and the ``small`` values."""
+        self.zeros += int(table[::width].sum()) - small.size  # subnormals under 1.2e-41 count as zeros
+        table[::width] = 0
+        self._store(table[:width], floor, 1)
+        self._store(table[width:], floor, -1)
+        if small.size:
+            self.add(small, float(np.abs(small).max()), bool(small.min() < 0))
 
     def _page(self, exponent: int, sign: int) -> IntArray:
         return self.pages.setdefault(sign * (exponent + 1), np.zeros(_PAGE, np.int64))

@@ -1,7 +1,7 @@
 """What one execution provider runs in integers, as data: number formats, operators, and where Q/DQ belong.
 
-The facts were found on onnxruntime 1.31 by building each form, loading it and reading the optimized graph back. A table of rules is
-all that the planner knows of a target.
+The facts were found on onnxruntime 1.31 by building each form, loading it and reading the optimized graph back. A table
+of rules is all that the planner knows of a target.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class OpRule:
         weight_only: there is no integer kernel, the weight alone is stored in integers.
         bound: interval that the results never leave.
         min_opset: least opset in which the runtime knows the integer form.
-        kernel: whether the runtime drops the Q/DQ around it; else it runs in float between them, and loses nothing by it.
+        kernel: whether the runtime drops the Q/DQ around it; else it runs in float between them and loses nothing.
     """
 
     op: str
@@ -64,7 +64,7 @@ class Target:
         weight: number format of weights, always symmetric.
         bias_int32: whether the kernels take the bias as int32 behind a DequantizeLinear.
         absorbed: activation functions that vanish into the Q behind a kernel.
-        residual: at an Add that follows a convolution, only the other branch is quantized, so that Conv, Add and Relu fuse.
+        residual: at an Add that follows a convolution, only the other branch is quantized: Conv, Add, Relu fuse.
         share_concat: inputs of a Concat that nothing else reads take over the Concat's range, which makes it a copy.
         rules: one entry an operator.
     """
@@ -114,7 +114,9 @@ _CPU: Final = Target(
         OpRule("Sigmoid", bound=(0.0, 1.0)),
         OpRule("Softmax", bound=(0.0, 1.0)),
         OpRule("MaxPool", output=Emit.SAME, min_opset=12),
-        *_moves("Reshape", "Flatten", "Squeeze", "Unsqueeze", "Transpose", "Slice", "Split", "Gather", "GatherElements"),
+        *_moves(
+            "Reshape", "Flatten", "Squeeze", "Unsqueeze", "Transpose", "Slice", "Split", "Gather", "GatherElements"
+        ),
         *_moves("Expand", "Tile", "DepthToSpace", "Resize", "ReduceMax"),
         OpRule("Pad", output=Emit.SAME, kernel=False),
     ),

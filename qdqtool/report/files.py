@@ -22,7 +22,7 @@ def check_output(path: Path, sources: Iterable[str | Path]) -> None:
     if path.is_dir():
         raise ModelError(f"cannot write {path}: it is a folder; name a file with -o")
     if not path.parent.is_dir():
-        raise ModelError(f"cannot write {path}: the folder {path.parent} does not exist; make it, or name another with -o")
+        raise ModelError(f"cannot write {path}: the folder {path.parent} does not exist; make it first")
     if not os.access(path.parent, os.W_OK):
         raise ModelError(f"cannot write {path}: the folder {path.parent} is read-only; name another with -o")
     for source in map(Path, sources):
@@ -53,7 +53,7 @@ def write_text(text: str, path: Path) -> Path:
 
 
 def save_each(folder: Path) -> Callback:
-    """A callback that saves the model behind every pass as ``NN-pass-name.onnx``: the quantized one once there is one."""
+    """A callback that saves the model behind every pass as ``NN-pass-name.onnx``, quantized once it is."""
     numbers = itertools.count(1)
 
     def save(step: Pass, state: State, _: Timing) -> None:

@@ -16,7 +16,7 @@ _TITLES = {"observe": "Observing", "compare": "Comparing"}
 
 
 class _Rate(bars.ProgressColumn):
-    """Samples a second, of the whole step."""
+    """Samples a second."""
 
     def render(self, task: bars.Task) -> Text:
         speed = task.finished_speed or task.speed
@@ -41,6 +41,8 @@ def progress_bar(*, quiet: bool = False) -> Iterator[Progress | None]:
 
         def show(step: str, done: int, total: int | None) -> None:
             if step not in tasks:
+                for task in tasks.values():
+                    bar.update(task, visible=False)
                 tasks[step] = bar.add_task(_TITLES.get(step, step), total=total)
             bar.update(tasks[step], completed=done, total=total)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -22,6 +23,8 @@ OUTPUTS = 8
 """Outputs and tensors listed before the rest is only counted."""
 PLAN_ROWS = 40
 _PERCENT = frozenset({"top1", "top5"})
+_ROLE = re.compile(r":\w+:`~?([^`]*)`|``([^`]*)``")
+"""Markup of docstrings, which says nothing in a terminal."""
 _FITTING = {"cpu": ("cpu",), "cuda": ("cuda", "tensorrt"), "tensorrt": ("tensorrt",)}
 """Providers on which a figure of a target's file is the figure of that target."""
 
@@ -35,7 +38,7 @@ def console(*, stderr: bool = False) -> Console:
 def quantization(
     report: Report, *, source: str, output: str, written: Sequence[str] = (), verbose: bool = False
 ) -> RenderableType:
-    """What ``quantize`` shows: accuracy, what runs in integers, what stayed float and why, times, where it was written."""
+    """What ``quantize`` shows: accuracy, what runs in integers, what stayed float and why, times, paths."""
     sizes = report.sizes
     ratio = sizes.float_bytes / max(sizes.quantized_bytes, 1)
     change = f"{ratio:.2f} times smaller" if ratio >= 1 else f"{1 / ratio:.2f} times larger"
@@ -97,7 +100,7 @@ def listing(title: str, rows: Iterable[tuple[str, str, str]]) -> RenderableType:
     table = _grid(2, justify="left")
     for name, summary, origin in rows:
         mark = Text(f"  (plugin of {origin})", style="magenta") if origin else Text("")
-        table.add_row(Text(name, style="bold"), Text.assemble(summary, mark))
+        table.add_row(Text(name, style="bold"), Text.assemble(_ROLE.sub(r"\1\2", summary), mark))
     return Group(Text(title, style="dim"), table)
 
 
@@ -106,7 +109,7 @@ def entry_text(entry: Entry) -> str:
     if isinstance(entry, SharedWith):
         return f"shares the range of {str(entry.key).removeprefix('::')}"
     if isinstance(entry, DerivedFrom):
-        return "int32, scale of the activation times scale of the weight"
+        return "int32, at the scales of activation and weight"
     return str(entry) + (f", range [{entry.fixed[0]:g}, {entry.fixed[1]:g}]" if entry.fixed else "")
 
 
@@ -121,7 +124,7 @@ def _settings(recipe: Mapping[str, object]) -> str:
 
 
 def _synthetic(synthetic: bool) -> list[RenderableType]:
-    line = "SYNTHETIC DATA: ranges and accuracy come from random samples and mean nothing. Do not ship this file."
+    line = "SYNTHETIC DATA: ranges come from random samples. Do not ship this file."
     return [Text(f" {line} ", style="bold white on red")] if synthetic else []
 
 
@@ -134,14 +137,15 @@ def _accuracy(report: Report) -> list[RenderableType]:
     provider = known[0][1].provider
     parts = _sqnr(known, provider)
     if provider not in _FITTING.get(target, (provider,)):
-        parts.append(Text(f"  The file is made for {target}; these figures are the {provider.upper()} provider's.", style="yellow"))
+        line = f"  The file is made for {target}; these figures are the {provider.upper()} provider's."
+        parts.append(Text(line, style="yellow"))
     return parts + (_score(report.evaluation) if report.evaluation is not None else [])
 
 
 def _sqnr(rows: Sequence[tuple[str, Comparison]], provider: str) -> list[RenderableType]:
-    table = Table.grid(padding=(0, 3), pad_edge=True)
+    table = Table.grid(padding=(0, 2), pad_edge=True)
     for justify in ("left", "left", "right", "right"):
-        table.add_column(justify=justify)  # type: ignore[arg-type]  # a literal type
+        table.add_column(justify=justify)
     table.add_row(*(Text(title, style="dim") for title in ("SQNR of output", "samples", "fused", "emulated")))
     hidden = 0
     for origin, found in rows:
@@ -158,9 +162,9 @@ def _sqnr(rows: Sequence[tuple[str, Comparison]], provider: str) -> list[Rendera
 
 
 def _score(found: Comparison) -> list[RenderableType]:
-    table = Table.grid(padding=(0, 3), pad_edge=True)
+    table = Table.grid(padding=(0, 2), pad_edge=True)
     for justify in ("left", "right", "right", "right"):
-        table.add_column(justify=justify)  # type: ignore[arg-type]  # a literal type
+        table.add_column(justify=justify)
     if found.metric is not None and found.float_score is not None and found.quantized_score is not None:
         difference = round(found.quantized_score - found.float_score, 6) + 0.0  # no -0.00
         is_share = found.metric in _PERCENT
@@ -172,21 +176,25 @@ def _score(found: Comparison) -> list[RenderableType]:
         )  # fmt: skip
     parts: list[RenderableType] = [Text(""), table] if table.row_count else []
     if found.agreement is not None:
-        parts.append(Text(f"  Both models choose the same class in {percent(100 * found.agreement)} of {found.samples} samples."))
+        share = f"  agreement {percent(100 * found.agreement)} of {count(found.samples, 'sample')}"
+        parts.append(Text.assemble(share, ("  (greatest entry of the first output at the same place)", "dim")))
     return parts
 
 
 def _integers(report: Report) -> list[RenderableType]:
-    target, provider = str(report.recipe["target"]), report.verification.provider if report.verification else "cpu"
+    target = str(report.recipe["target"])
+    provider = report.verification.provider.upper() if report.verification else "CPU"
     integer = {op: n for op, n in report.kernels.items() if is_integer_kernel(op)}
     others = {op: n for op, n in report.kernels.items() if op not in integer}
-    runs = f"{sum(integer.values())} of {count(sum(report.kernels.values()), 'operator')} in the graph that the {provider.upper()} provider runs"
-    parts: list[RenderableType] = []
+    total = count(sum(report.kernels.values()), "operator")
+    runs = f"{sum(integer.values())} of {total} in the graph that the {provider} provider runs"
     if target != "cpu":
         planned = Counter(report.layers.values())
-        parts.append(_head(f"Placed for integers on {target}", f"{count(planned.total(), 'operator')}: {_operators(planned)}"))
-        return [*parts, Text(f"  Integer kernels here: {runs}", style="dim")]
-    parts = [_head("In integers", runs), Text(f"  {_operators(integer)}")]
+        return [
+            _head(f"Placed for integers on {target}", f"{count(planned.total(), 'operator')}: {_operators(planned)}"),
+            Text(f"  Integer kernels here: {runs}", style="dim"),
+        ]
+    parts: list[RenderableType] = [_head("In integers", runs), Text(f"  {_operators(integer)}")]
     return [*parts, Text(f"  others: {_operators(others)}", style="dim")] if others else parts
 
 
@@ -247,7 +255,8 @@ def _times(timings: Sequence[Timing]) -> Text:
     total = sum(steps.values())
     large = [(name, seconds) for name, seconds in steps.most_common() if seconds >= 0.03 * total]
     rest = total - sum(seconds for _, seconds in large)
-    words = [f"{name} {duration(seconds)}" for name, seconds in large] + [f"the rest {duration(rest)}"] * (len(large) < len(steps))
+    words = [f"{name} {duration(seconds)}" for name, seconds in large]
+    words += [f"the rest {duration(rest)}"] if len(large) < len(steps) else []
     return Text(f"Took {duration(total)}: {', '.join(words)}", style="dim")
 
 

@@ -20,20 +20,21 @@ def percent(value: float) -> str:
 
 def size(number: int) -> str:
     """Bytes, in decimal units."""
-    value, unit = float(number), "B"
-    for unit in ("B", "kB", "MB", "GB", "TB"):  # noqa: B007 (the unit at which the loop stops)
-        if value < 999.5:
-            break
-        value /= 1000
-    return f"{number} B" if unit == "B" else f"{value:.1f} {unit}" if value < 99.95 else f"{value:.0f} {unit}"
+    power = sum(number >= 999.5 * 1000**p for p in range(4))
+    if power == 0:
+        return f"{number} B"
+    value = number / 1000**power
+    return f"{value:.{1 if value < 99.95 else 0}f} {('kB', 'MB', 'GB', 'TB')[power - 1]}"
 
 
 def duration(seconds: float) -> str:
     """Wall time."""
+    if seconds < 0.0005:
+        return "<1 ms"
     if seconds < 0.0995:
         return f"{1000 * seconds:.0f} ms"
     if seconds < 99.5:
-        return f"{seconds:.2g} s" if seconds < 9.95 else f"{seconds:.0f} s"
+        return f"{seconds:.2f} s" if seconds < 9.995 else f"{seconds:.0f} s"
     return f"{seconds / 60:.1f} min"
 
 

@@ -87,7 +87,7 @@ class Report:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values; infinite figures become the strings "inf" and "-inf"."""
-        values: dict[str, Any] = _plain(dataclasses.asdict(self))
+        values: dict[str, Any] = plain(dataclasses.asdict(self))
         return values
 
     def to_json(self) -> str:
@@ -95,11 +95,12 @@ class Report:
         return json.dumps(self.to_dict(), indent=2, allow_nan=False)
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
+    """Mappings, lists and finite numbers as JSON has them; other figures become the strings "inf", "-inf" and "nan"."""
     if isinstance(value, Mapping):
-        return {str(k): _plain(v) for k, v in value.items()}
+        return {str(k): plain(v) for k, v in value.items()}
     if isinstance(value, list | tuple):
-        return [_plain(v) for v in value]
+        return [plain(v) for v in value]
     if isinstance(value, float) and not math.isfinite(value):
         return str(value)
     return value
@@ -167,5 +168,3 @@ def _parts(proto: onnx.ModelProto) -> dict[str, int]:
     parts["metadata"] = sum(entry.ByteSize() for entry in proto.metadata_props)
     parts["graph and names"] = proto.ByteSize() - sum(parts.values())
     return parts
-
-

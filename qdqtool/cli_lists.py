@@ -1,0 +1,48 @@
+"""The commands that list what exists, built in or by plugin."""
+
+from __future__ import annotations
+
+import click
+
+from qdqtool.cli_options import Command
+
+
+@click.command(cls=Command, examples=("qdqtool passes",))
+def passes() -> None:
+    """List graph passes, built in or by plugin."""
+    _list("passes", "Graph passes, in the order of the pipeline")
+
+
+@click.command(
+    cls=Command, examples=("qdqtool calibrators", "qdqtool quantize model.onnx --data calib.npz --calibrator entropy")
+)
+def calibrators() -> None:
+    """List calibrators, built in or by plugin."""
+    _list("calibrators", "Choosers of activation ranges, with the options that --set takes")
+
+
+@click.command(cls=Command, examples=("qdqtool targets", "qdqtool quantize model.onnx --dry-run --target tensorrt"))
+def targets() -> None:
+    """List targets that a file can be made for."""
+    from qdqtool.report import terminal
+    from qdqtool.target import TARGETS
+
+    rows = [(name, entry.summary, "") for name, entry in TARGETS.items()]
+    terminal.console().print(terminal.listing("What a file can be made for", rows))
+
+
+def _list(kind: str, title: str) -> None:
+    from dataclasses import MISSING, fields
+    from importlib.metadata import entry_points
+
+    from qdqtool import registry
+    from qdqtool.passes_api import describe
+    from qdqtool.report import terminal
+
+    found = registry.catalogue(kind)
+    plugins = {p.name: p.dist.name if p.dist else p.value for p in entry_points(group=f"qdqtool.{kind}")}
+    rows = []
+    for name, summary in describe(found).items():
+        options = ", ".join(f.name if f.default is MISSING else f"{f.name}={f.default!r}" for f in fields(found[name]))
+        rows.append((name, f"{summary} [{options}]" if options else summary, plugins.get(name, "")))
+    terminal.console().print(terminal.listing(title, rows))
