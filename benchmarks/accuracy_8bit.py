@@ -78,7 +78,9 @@ def show(row: Row) -> str:
     p = "" if row.p is None else f"{row.p:.2f}"
     scores = f"{row.float_score:.2f} | {row.score:.2f} | {row.score - row.float_score:+.2f} | {p}"
     peer = "" if np.isnan(row.peer_db) else f"{row.peer_db:.2f} ({row.peer})"
-    return f"| {row.case} | {scores} | {row.sqnr_db:.2f} | {peer} | {row.size:.2f} | {row.kernels} | {row.seconds:.1f} |"
+    return (
+        f"| {row.case} | {scores} | {row.sqnr_db:.2f} | {peer} | {row.size:.2f} | {row.kernels} | {row.seconds:.1f} |"
+    )
 
 
 def main() -> None:
@@ -98,7 +100,9 @@ def main() -> None:
     if compared:
         differences = [r.sqnr_db - r.peer_db for r in compared]
         worst = compared[int(np.argmin(differences))]
-        print(f"\nSQNR minus the best other tool's: mean {np.mean(differences):+.2f} dB, least {min(differences):+.2f} dB ({worst.case})")
+        print(
+            f"\nSQNR minus the best other tool's: mean {np.mean(differences):+.2f} dB, least {min(differences):+.2f} dB ({worst.case})"
+        )
     scored = [r.score - r.float_score for r in rows if not np.isnan(r.score)]
     if scored:
         print(f"Score: mean change {np.mean(scored):+.2f}, least {min(scored):+.2f}")

@@ -14,7 +14,13 @@ from typing import Any
 
 
 def make_ort(model: str, feeds: list[Any], output: str) -> None:
-    from onnxruntime.quantization import CalibrationDataReader, CalibrationMethod, QuantFormat, QuantType, quantize_static
+    from onnxruntime.quantization import (
+        CalibrationDataReader,
+        CalibrationMethod,
+        QuantFormat,
+        QuantType,
+        quantize_static,
+    )
     from onnxruntime.quantization.shape_inference import quant_pre_process
 
     class Reader(CalibrationDataReader):  # type: ignore[misc]  # the base has no type hints
@@ -47,7 +53,9 @@ def main() -> None:
 
     case = zoo.load(name)
     feeds = zoo.feeds(case, 100)
-    {"ort": make_ort, "onnxsim": make_onnxsim}[tool](str(case.model), feeds, output)  # once, so that imports are not timed
+    {"ort": make_ort, "onnxsim": make_onnxsim}[tool](
+        str(case.model), feeds, output
+    )  # once, so that imports are not timed
     start = time.perf_counter()
     {"ort": make_ort, "onnxsim": make_onnxsim}[tool](str(case.model), feeds, output)
     print(time.perf_counter() - start)

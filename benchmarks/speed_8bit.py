@@ -32,7 +32,9 @@ TOOLS = ("ort", "onnxsim")
 def make_peer(python: str, tool: str, zoo: Path, case: str, output: Path) -> float | None:
     """Seconds the other tool takes to write ``output``; None where it fails."""
     script = str(Path(__file__).with_name("make_peer.py"))
-    done = subprocess.run([python, script, tool, str(zoo), case, str(output)], capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [python, script, tool, str(zoo), case, str(output)], capture_output=True, text=True, check=False
+    )
     return float(done.stdout.split()[-1]) if done.returncode == 0 else None
 
 
@@ -68,7 +70,9 @@ def main() -> None:
     parser.add_argument("cases", nargs="*")
     options = parser.parse_args()
     zoo = load_zoo(options.zoo)
-    print("| case | float ms | ours | ort | onnxsim | ours / faster of both | Conv, Gemm, MatMul left float | quantize s | ort MinMax s | ratio |")
+    print(
+        "| case | float ms | ours | ort | onnxsim | ours / faster of both | Conv, Gemm, MatMul left float | quantize s | ort MinMax s | ratio |"
+    )
     print("|---|---|---|---|---|---|---|---|---|---|")
     for name in options.cases or CASES:
         case = zoo.load(name)
@@ -89,7 +93,9 @@ def main() -> None:
         best = min((found[t] for t in TOOLS if t in found), default=float("nan"))
         ort = taken["ort"]
         times = f"{seconds:.2f} | {ort:.2f} | {seconds / ort:.2f}" if ort else f"{seconds:.2f} | failed | "
-        print(f"| {name} | {found['float']:.2f} | {ratios} | {found['ours'] / best:.2f} | {left} | {times} |", flush=True)
+        print(
+            f"| {name} | {found['float']:.2f} | {ratios} | {found['ours'] / best:.2f} | {left} | {times} |", flush=True
+        )
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Find the model zoo that the benchmarks measure on: a folder with a ``zoo.py`` beside the checkout, or the one given by --zoo."""
+"""Find the model zoo to measure on: a folder with a ``zoo.py`` beside the checkout, or the one given by --zoo."""
 
 from __future__ import annotations
 

@@ -12,17 +12,4 @@ from qdqtool.calibrators.moving_average import MovingAverage
 from qdqtool.calibrators.mse import Mse
 from qdqtool.calibrators.percentile import Percentile
 
-__all__ = [
-    "BUILTIN",
-    "Aciq",
-    "AciqGauss",
-    "AciqLaplace",
-    "Auto",
-    "Entropy",
-    "MinMax",
-    "MovingAverage",
-    "Mse",
-    "Percentile",
-]
-
 BUILTIN = (MinMax, MovingAverage, Percentile, Entropy, Mse, AciqLaplace, AciqGauss, Aciq, Auto)

@@ -2,7 +2,8 @@
 
 First the model E(a, b) of :mod:`qdqtool.distribution` (clipping plus Δ²/12) on a geometric grid over three decades,
 refined around its least cell; then the exact error of :func:`qdqtool.affine.expected_error` around that point, where
-end codes, the rounded zero point and discrete values count, with minmax among the candidates. Sung, Shin, Hwang:
+end codes, the rounded zero point and discrete values count, with minmax, and ranges a step wider, among the
+candidates. Sung, Shin, Hwang:
 Resiliency of deep neural networks under quantization, 2015 (L2-optimal step); Choukroun et al.: Low-bit quantization
 of neural networks, 2019.
 """
@@ -47,9 +48,10 @@ class Mse:
             for factors in search.rounds():
                 best = search.exact(factors, best)
             candidates.append(best)
-        lo, hi = (np.concatenate([search.ends(u, v)[end].reshape(1) for u, v in candidates]) for end in (0, 1))
+        inside = [np.concatenate([search.ends(u, v)[end].reshape(1) for u, v in candidates]) for end in (0, 1)]
+        lo, hi = (np.concatenate(pair) for pair in zip(inside, search.widened(), strict=True))
         least = int(np.argmin(expected_error(stats.bins, lo, hi, spec)))
-        return within(stats, lo[least], hi[least])
+        return within(stats, lo[least], hi[least]) if least < len(candidates) else Range(lo[least], hi[least])
 
 
 class _Search:
@@ -75,6 +77,18 @@ class _Search:
         if self.side is Side.BOTH:
             return np.asarray(u) * self.stats.lo, np.asarray(v) * self.stats.hi
         return self.side.ends(np.asarray(v) * max(-self.stats.lo, self.stats.hi))
+
+    def widened(self) -> tuple[FloatArray, FloatArray]:
+        """Ranges up to one and a half steps wider at either end than what was observed; none with one threshold.
+
+        Values on a grid of their own (pixels scaled to [-1, 1]) can all lie half-way between two codes; then a slightly
+        wider range has a third of the error.
+        """
+        if self.side is not Side.BOTH or self.spec.steps > _FINE:
+            return np.empty(0), np.empty(0)
+        step = (self.stats.hi - self.stats.lo) / self.spec.steps
+        more = np.arange(4) * step / 2
+        return (self.stats.lo - np.repeat(more, 4))[1:], (self.stats.hi + np.tile(more, 4))[1:]
 
     def model(self, factors: FloatArray, centre: FloatArray) -> FloatArray:
         """The point among ``factors`` times ``centre`` of least clipping plus uniform rounding error."""

@@ -14,28 +14,10 @@ from qdqtool.passes.insert_qdq import InsertQdq
 from qdqtool.passes.lift_constants import LiftConstants
 from qdqtool.passes.observe import Observe
 from qdqtool.passes.plan import PlanQuantization
+from qdqtool.passes.pointwise_to_gemm import PointwiseToGemm
 from qdqtool.passes.raise_opset import RaiseOpset
 from qdqtool.passes.remove_identity import RemoveIdentity
 from qdqtool.passes.verify import Verify
-
-__all__ = [
-    "BUILTIN",
-    "AddBias",
-    "ChooseRanges",
-    "CorrectBias",
-    "FoldBatchnorm",
-    "FoldConstants",
-    "FoldScaleShift",
-    "FuseLinearBias",
-    "InferShapes",
-    "InsertQdq",
-    "LiftConstants",
-    "Observe",
-    "PlanQuantization",
-    "RaiseOpset",
-    "RemoveIdentity",
-    "Verify",
-]
 
 BUILTIN = (
     LiftConstants,
@@ -46,6 +28,7 @@ BUILTIN = (
     FoldBatchnorm,
     FoldScaleShift,
     FuseLinearBias,
+    PointwiseToGemm,
     AddBias,
     PlanQuantization,
     Observe,

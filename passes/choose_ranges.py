@@ -60,7 +60,7 @@ class ChooseRanges:
 
 
 def _make_room_for_biases(state: State, params: dict[Key, QuantParams | QuantizedWeight]) -> None:
-    """Raise weight scales until every bias fits into int32; lower those of channels of zeros, so that their bias is exact.
+    """Raise weight scales until every bias fits into int32; lower those of all-zero channels, to keep their bias exact.
 
     A bias that the plan leaves in float counts too: the runtime makes int32 of it by itself.
     """

@@ -28,7 +28,7 @@ from qdqtool import graph as graphs
 from qdqtool import model as models
 from qdqtool import runtime
 from qdqtool.batching import Batch, Batching, Sample
-from qdqtool.data import Feeds
+from qdqtool.fit import Feeds
 from qdqtool.insert import insert
 from qdqtool.linear import BiasPlace, bias_place, replace_constant
 from qdqtool.passes_api import Fact, State
@@ -200,7 +200,7 @@ def _shrinking(build: _Builder, differences: gs.Variable, rows: gs.Variable) -> 
 
 
 def _run(state: State, plain: gs.Graph, quantized: gs.Graph, layers: list[str]) -> dict[str, FloatArray]:
-    """Float minus quantized means of the held samples by layer, float64 (samples, channels); {} without a finite one."""
+    """Float minus quantized means of the finite held samples by layer, float64 (samples, channels); {} without any."""
     assert state.batching is not None
     config = {"session.disable_quant_qdq": "1"}  # weights become floats at load, activations keep their Q/DQ
     measure = runtime.session(models.to_proto(plain, state.header), provider=state.provider)
@@ -230,4 +230,5 @@ def _means(measure: Any, batching: Batching, samples: Sequence[Sample]) -> list[
 def _finite(batch: Batch, means: Sequence[graphs.Array]) -> Iterator[Sample]:
     """The samples of a batch for which every mean is finite."""
     fine = np.all([np.isfinite(batch.real(mean)).all(axis=1) for mean in means], axis=0)
-    return (sample for sample, good in zip(batch.samples, fine, strict=True) if good)
+    each = fine.reshape(len(batch.samples), -1).all(axis=1)  # a whole feed may have several rows
+    return (sample for sample, good in zip(batch.samples, each, strict=True) if good)

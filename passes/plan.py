@@ -90,8 +90,9 @@ class _Planner:
         if self.target.residual:
             for node in self.graph.nodes:
                 self._residual(node)
-        self.selection.check_tensors(self.tensors.values())
-        return Plan(self.entries, self.tensors, frozenset(self.constants), self.kernels, frozenset(self.weight_only))
+        plan = Plan(self.entries, self.tensors, frozenset(self.constants), self.kernels, frozenset(self.weight_only))
+        self.selection.check_tensors(plan)
+        return plan
 
     def _skip(self, node: gs.Node, reason: str) -> None:
         self.state.skip(PlanQuantization.name, node.name, reason)
@@ -131,25 +132,31 @@ class _Planner:
 
     def _rule(self, node: gs.Node) -> OpRule | None:
         """The target's rule for the node; None, with the reason recorded, where it stays float."""
-        if not node.outputs or not any(graphs.is_float(t) for t in (*node.outputs, *node.inputs)):
+        if not any(tensor.dtype is None or graphs.is_float(tensor) for tensor in node.outputs):
             return None  # shapes, indices and masks: nothing to quantize
+        if node.op == "Add" and self.target.residual:
+            return None  # _residual looks at it
         rule = self.target.by_op.get(node.op) if node.domain in (None, "", "ai.onnx") else None
-        reason = None
         if rule is None:
-            reason = f"{node.op} has no integer kernel on target {self.target.name}"
-        elif (reason := _no_float32(node, rule)) is not None:
-            pass
-        elif self.graph.opset < rule.min_opset:
-            reason = f"{node.op} has an integer form only from opset {rule.min_opset} on"
-        else:
-            obstacle = _OBSTACLES.get(node.op, lambda _: None)
-            reason = self.selection.left_out(node) or obstacle(node) or _extreme_constant(node, rule)
-        if rule is not None and reason is None and rule.weight_only and not graphs.is_constant(node.inputs[1]):
-            reason = "its weight is computed at run time"
+            self._skip(node, f"{node.op} has no integer kernel on target {self.target.name}")
+            return None
+        reason = self._obstacle(node, rule)
         if reason is not None:
             self._skip(node, reason)
             return None
         return rule
+
+    def _obstacle(self, node: gs.Node, rule: OpRule) -> str | None:
+        """Why a node of an operator that the target runs in integers stays float after all."""
+        reason = _no_float32(node, rule)
+        if reason is not None:
+            return reason
+        if self.graph.opset < rule.min_opset:
+            return f"{node.op} has an integer form only from opset {rule.min_opset} on"
+        if rule.weight_only and not graphs.is_constant(node.inputs[1]):
+            return "its weight is computed at run time"
+        special = _OBSTACLES.get(node.op, lambda _: None)
+        return self.selection.left_out(node) or special(node) or _extreme_constant(node, rule)
 
     def _activations(self, node: gs.Node, rule: OpRule) -> tuple[int, ...]:
         indices = range(len(node.inputs)) if rule.activations is None else rule.activations
@@ -243,13 +250,12 @@ class _Planner:
     def _emit_weight(self, unit: _Unit) -> None:
         node = unit.node
         layer = LinearLayer.of(node)
-        axis = layer.weight_axis if layer is not None and self.recipe.per_channel else None
+        wanted = self.selection.granularity(node, node.inputs[1])
+        per_tensor = wanted == "per_tensor" or (wanted is None and not self.recipe.per_channel)
+        axis = None if layer is None or per_tensor else layer.weight_axis
         bits = 7 if self.recipe.reduce_range else None
         granularity = PER_TENSOR if axis is None else per_channel(axis)
         spec = QuantSpec(self.recipe.weight_format, symmetric=True, granularity=granularity, narrow=True, bits=bits)
-        override = self.selection.node_override(node)
-        if override is not None and override.granularity == "per_tensor":
-            spec = replace(spec, granularity=PER_TENSOR)
         weight = Use(node.name, 1)
         self._add(weight, self.selection.on_tensor(node.inputs[1], spec), node.inputs[1])
         if unit.bias is None and layer is not None and layer.bias is not None and layer.bias_input is not None:
@@ -285,6 +291,8 @@ class _Planner:
         bounds = {spec.bound if isinstance(spec, QuantSpec) else None for spec in specs}
         if len(bounds) != 1 or not all(single) or not all(isinstance(spec, QuantSpec) for spec in specs):
             return
+        if any(self.selection.overrides(t) for t in unit.node.inputs):
+            return
         entry = self.entries[root]
         if isinstance(entry, QuantSpec) and entry.bound is None:
             self.entries[root] = replace(entry, bound=bounds.pop())
@@ -293,9 +301,15 @@ class _Planner:
 
     def _residual(self, node: gs.Node) -> None:
         """At an Add behind a convolution quantize the other branch only, so that Conv, Add and Relu fuse."""
-        if node.op != "Add" or any(graphs.is_constant(t) for t in node.inputs) or len(node.inputs) != 2:
+        if node.op != "Add" or not graphs.is_float(node.outputs[0]):
             return
-        if node.inputs[0].dtype != np.float32 or self.selection.left_out(node) is not None:
+        reason = self.selection.left_out(node)
+        if node.inputs[0].dtype != np.float32 or any(graphs.is_constant(t) for t in node.inputs):
+            reason = (
+                f"this Add is no residual connection, and target {self.target.name} has no integer kernel for others"
+            )
+        if reason is not None:
+            self._skip(node, reason)
             return
         makers = [graphs.producer(t) for t in node.inputs]
         convs = [
@@ -322,9 +336,9 @@ def _activation_bound(node: gs.Node) -> tuple[float, float] | None:
     for index, (name, default) in enumerate((("min", -math.inf), ("max", math.inf)), start=1):
         tensor = graphs.input_at(node, index)
         value = graphs.constant(tensor)
-        if tensor is not None and value is None:
+        if tensor is not None and (value is None or value.size != 1):
             return None
-        limits.append(float(value) if value is not None else float(node.attrs.get(name, default)))
+        limits.append(float(value.item()) if value is not None else float(node.attrs.get(name, default)))
     return (limits[0], limits[1]) if limits[0] <= 0 < limits[1] else None
 
 
@@ -338,7 +352,11 @@ def _operands(node: gs.Node, rule: OpRule) -> list[gs.Tensor]:
 
 
 def _no_float32(node: gs.Node, rule: OpRule) -> str | None:
-    for tensor in (*_operands(node, rule), node.outputs[0]):
+    operands = _operands(node, rule)
+    implied = rule.weight and any(graphs.is_constant(t) for t in operands)  # a layer has one type: its weight's
+    for tensor in (*operands, node.outputs[0]):
+        if tensor.dtype is None and implied:
+            continue
         if tensor.dtype is None:
             return f"the type of {tensor.name!r} is not known"
         if tensor.dtype != np.float32:
@@ -367,9 +385,9 @@ def _resize_obstacle(node: gs.Node) -> str | None:
 
 
 def _pad_obstacle(node: gs.Node) -> str | None:
-    value = graphs.constant(graphs.input_at(node, 2)) if len(node.inputs) > 2 else None
-    fixed = len(node.inputs) < 3 or node.inputs[2].is_empty() or (value is not None and float(value) == 0.0)
-    if node.attrs.get("mode", "constant") != "constant" or fixed:
+    tensor = graphs.input_at(node, 2)
+    value = graphs.constant(tensor)
+    if node.attrs.get("mode", "constant") != "constant" or tensor is None or (value is not None and not value.any()):
         return None
     return "it pads with a value other than 0"
 

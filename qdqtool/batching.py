@@ -11,11 +11,12 @@ from typing import Any, Final
 import numpy as np
 import numpy.typing as npt
 
-from qdqtool.data import Feeds
+from qdqtool.fit import Feeds
 from qdqtool.model import InputInfo
 
 MAX_BATCH: Final = 64
 _BATCH_BYTES: Final = 96 << 20  # observed activations of one batch
+_FEW: Final = 4
 _TOGETHER_BYTES: Final = 2 << 30
 Runner = Callable[[Feeds], Mapping[str, npt.NDArray[Any]]]
 
@@ -36,12 +37,14 @@ class Batch:
     Attributes:
         feeds: what the session gets.
         samples: the samples in it.
-        rows: how many samples ``feeds`` holds with the repeated ones.
+        rows: rows along the batch axis of ``feeds``, with the repeated ones.
+        real_rows: how many of them are no repeats; None: one for each sample.
     """
 
     feeds: Feeds
     samples: tuple[Sample, ...]
     rows: int
+    real_rows: int | None = None
 
     @property
     def keys(self) -> list[tuple[bytes, int]]:
@@ -49,10 +52,15 @@ class Batch:
         return [(s.digest, s.position) for s in self.samples]
 
     def real(self, values: npt.NDArray[Any]) -> npt.NDArray[Any]:
-        """The part of an output that belongs to the samples, not to repeats; shape (samples, ...) or as it was."""
-        if self.rows == len(self.samples):
+        """The part of an output that belongs to the samples, not to repeats; shape (rows, ...) or as it was."""
+        count = len(self.samples) if self.real_rows is None else self.real_rows
+        if values.size % self.rows:  # nothing in it belongs to one sample: each saw all of it
+            return values if self.real_rows is not None else np.broadcast_to(values, (count, *values.shape))
+        if self.rows == count:
             return values
-        return values.reshape(self.rows, -1)[: len(self.samples)]
+        if values.shape[0] == self.rows:
+            return values[:count]
+        return values.reshape(self.rows, -1)[:count]
 
 
 @dataclass(frozen=True)
@@ -63,12 +71,14 @@ class Batching:
         rows: every row along axis 0 of all inputs is a sample; else a feed is one.
         size: samples a batch.
         fixed: the model takes exactly ``size`` samples.
+        fill: rows to which a short feed is filled where feeds are taken whole and the model's batch is fixed; 0: not.
         bytes_each: bytes of observed activations a sample, as far as known.
     """
 
     rows: bool
     size: int
     fixed: bool = False
+    fill: int = 0
     bytes_each: int = 0
 
     def samples(self, feeds: Iterable[Feeds]) -> Iterator[Sample]:
@@ -84,6 +94,10 @@ class Batching:
         if self.fixed or not self.rows or self.size == 1:
             return self
         return replace(self, size=max(self.size, min(count, _TOGETHER_BYTES // max(self.bytes_each, 1))))
+
+    def small(self) -> Batching:
+        """Batching for a step that holds every activation of two models at once."""
+        return self if self.fixed else replace(self, size=min(self.size, _FEW))
 
     @staticmethod
     def _rows(feed: Feeds) -> Iterator[Feeds]:
@@ -105,29 +119,40 @@ class Batching:
 
     def _join(self, group: Sequence[Sample]) -> Batch:
         if len(group) == 1 and not self.fixed:
-            return Batch(group[0].feeds, (group[0],), 1)
+            return self._filled(group[0])
         padded = [*group, *[group[-1]] * (self.size - len(group))] if self.fixed else group
         feeds = {name: np.concatenate([s.feeds[name] for s in padded]) for name in group[0].feeds}
         return Batch(feeds, tuple(group), len(padded))
+
+
+    def _filled(self, sample: Sample) -> Batch:
+        """One whole feed; where the model's batch is fixed and the feed is short, its last row is repeated."""
+        rows = min((array.shape[0] for array in sample.feeds.values() if array.ndim), default=1)
+        if rows >= self.fill:
+            return Batch(sample.feeds, (sample,), 1)
+        index = np.minimum(np.arange(self.fill), rows - 1)
+        return Batch({name: array[index] for name, array in sample.feeds.items()}, (sample,), self.fill, rows)
 
 
 def digest(feeds: Feeds) -> bytes:
     """Hash of a feed's content: names, types, shapes and bytes; 16 bytes, never ending in a zero byte."""
     state = hashlib.blake2b(digest_size=15)
     for name in sorted(feeds):
-        array = np.ascontiguousarray(feeds[name])
+        array = np.asarray(feeds[name], order="C")  # unlike ascontiguousarray it leaves rank 0 alone
         state.update(f"{name}\0{array.dtype.str}\0{array.shape}\0".encode())
         state.update(array.reshape(-1).view(np.uint8).data)
     return state.digest() + b"\1"
 
 
 def choose(samples: Iterable[Sample], count: int) -> list[Sample]:
-    """The ``count`` samples of least hash, in the order of their hashes: the same ones however the data are ordered."""
-    return heapq.nsmallest(count, samples, key=lambda s: (s.digest, s.position))
+    """The ``count`` samples of least hash, in the order of their hashes: the same ones however the data are ordered.
+
+    Samples with NaN or infinite inputs come last.
+    """
+    return heapq.nsmallest(count, samples, key=lambda s: (not _finite(s), s.digest, s.position))
 
 
-def finite(sample: Sample) -> bool:
-    """Whether every float input of the sample holds finite values only."""
+def _finite(sample: Sample) -> bool:
     return all(bool(np.isfinite(array).all()) for array in sample.feeds.values() if array.dtype.kind == "f")
 
 
@@ -151,7 +176,7 @@ def plan_batching(inputs: Sequence[InputInfo], feeds: Iterable[Feeds], run: Runn
     if isinstance(fixed, int) and fixed > 1:
         first = next(iter(feeds), None)
         rows = first is not None and all(array.shape[0] < fixed for array in first.values())
-        return Batching(rows=rows, size=fixed if rows else 1, fixed=rows)
+        return Batching(rows=rows, size=fixed if rows else 1, fixed=rows, fill=0 if rows else fixed)
     if not axes or any(isinstance(axis, int) for axis in axes):
         return Batching(rows=False, size=1)
     pair: dict[tuple[object, ...], Sample] = {}

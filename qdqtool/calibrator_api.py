@@ -23,7 +23,8 @@ class Stat(enum.StrEnum):
 class Calibrator(Protocol):
     """Chooses ranges of activations; implementations are frozen dataclasses whose fields are the options.
 
-    The range returned lies within what was observed, and contains 0 once widened by :mod:`qdqtool.affine`.
+    The range returned lies within what was observed (give or take two steps), and contains 0 once widened by
+    :mod:`qdqtool.affine`.
     """
 
     name: ClassVar[str]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Final
 
 import numpy as np
@@ -14,9 +14,10 @@ import onnx
 
 from qdqtool import batching, observe, runtime
 from qdqtool import model as models
-from qdqtool.batching import Batch, Batching
-from qdqtool.data import Data, Feeds
+from qdqtool.batching import Batch, Sample
+from qdqtool.data import Data
 from qdqtool.errors import DataError, RecipeError, nearest
+from qdqtool.fit import Feeds
 
 Array = npt.NDArray[Any]
 Metric = Callable[[Mapping[str, Array], Array], Any]
@@ -129,8 +130,7 @@ def compare(
     plan = batching.plan_batching(models.inputs(reference), data, run)
     fused, emulated = ({name: Sqnr() for name in names} for _ in range(2))
     kept: tuple[list[list[Array]], list[list[Array]]] = ([], [])
-    first: list[Batch] = []
-    done = 0
+    done: list[Sample] = []
     for batch in plan.batches(plan.samples(data)):
         want, got, emu = ([batch.real(v) for v in runtime.run(s, names, batch.feeds)] for s in sessions)
         for name, x, y, z in zip(names, want, got, emu, strict=True):
@@ -138,22 +138,25 @@ def compare(
             emulated[name].add(x, z)
         kept[0].append(want)
         kept[1].append(got)
-        if sum(len(b.samples) for b in first) < VERIFIED:
-            first.append(batch)
-        done += len(batch.samples)
+        done += [s if len(done) + i < VERIFIED else replace(s, feeds={}) for i, s in enumerate(batch.samples)]
         if progress is not None:
-            progress("compare", done, data.count)
-    if done == 0:
+            progress("compare", len(done), data.count)
+    if not done:
         raise DataError(f"{data.description} holds no samples")
-    outputs = [_joined(names, k, plan.rows) for k in kept]
+    order = np.argsort(
+        [sample.position for sample in done]
+    )  # samples of one shape ran together, labels come as data do
+    outputs = [_joined(names, k, plan.rows, order) for k in kept]
     scores = (
-        [None, None] if score is None or labels is None else [_score(score, o, labels, done, metric) for o in outputs]
+        [None, None]
+        if score is None or labels is None
+        else [_score(score, o, labels, len(done), metric) for o in outputs]
     )
     return Comparison(
-        samples=done,
+        samples=len(done),
         fused={name: s.db for name, s in fused.items()},
         emulated={name: s.db for name, s in emulated.items()},
-        tensors=tensor_sqnr(reference, quantized, first, provider) if tensors else {},
+        tensors=tensor_sqnr(reference, quantized, plan.small().batches(done[:VERIFIED]), provider) if tensors else {},
         agreement=_agreement(outputs, names[0]),
         metric=metric,
         float_score=scores[0],
@@ -171,15 +174,18 @@ def _same_outputs(float_names: Sequence[str], quantized_names: Sequence[str]) ->
         )
 
 
-def _joined(names: Sequence[str], batches: Sequence[Sequence[Array]], rows: bool) -> dict[str, Array]:
-    """Outputs over all samples, samples first; those whose shapes differ between batches are left out."""
+def _joined(
+    names: Sequence[str], batches: Sequence[Sequence[Array]], rows: bool, order: npt.NDArray[np.intp]
+) -> dict[str, Array]:
+    """Outputs over all samples, in the data's order along axis 0; those whose shapes differ are left out."""
     found = {}
     for index, name in enumerate(names):
         parts = [np.atleast_1d(batch[index]) for batch in batches]
         if not rows:
             parts = [part if part.ndim and part.shape[0] == 1 else part[None] for part in parts]
         if len({part.shape[1:] for part in parts}) == 1:
-            found[name] = np.concatenate(parts)
+            joined = np.concatenate(parts)
+            found[name] = joined[order] if len(joined) == len(order) else joined
     return found
 
 
@@ -246,11 +252,10 @@ def tensor_sqnr(
     )
     sums = {name: Sqnr() for name in pairs}
     for batch in batches:
-        for part in Batching(rows=batch.rows == len(batch.samples), size=4).batches(batch.samples):
-            want = runtime.run(float_session, list(pairs), part.feeds)
-            got = runtime.run(quantized_session, list(pairs.values()), part.feeds)
-            for name, x, y in zip(pairs, want, got, strict=True):
-                sums[name].add(x, y)
+        want = runtime.run(float_session, list(pairs), batch.feeds)
+        got = runtime.run(quantized_session, list(pairs.values()), batch.feeds)
+        for name, x, y in zip(pairs, want, got, strict=True):
+            sums[name].add(batch.real(x), batch.real(y))
     return {name: s.db for name, s in sums.items()}
 
 

@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import tempfile
-import threading
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -18,14 +16,13 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from qdqtool.errors import DataError, nearest
+from qdqtool.errors import DataError
+from qdqtool.fit import Feeds, as_array, fit, is_input, only_input, row_shapes, sample_shapes, whole_shapes
+from qdqtool.spool import Spool
 
 if TYPE_CHECKING:
     from qdqtool.images import ImagePreprocessing
     from qdqtool.model import InputInfo
-
-Feeds = dict[str, np.ndarray]
-Shape = tuple[int | str | None, ...]
 
 LABELS = "labels"
 _SOURCES = """\
@@ -128,7 +125,7 @@ def load_labels(source: object) -> np.ndarray | None:
         given: Mapping[str, object] = _load_npz(Path(source).expanduser(), lambda name: name == LABELS)
     else:
         given = source if isinstance(source, Mapping) else {}
-    return _as_array(given[LABELS], LABELS, "the data") if LABELS in given else None
+    return as_array(given[LABELS], LABELS, "the data") if LABELS in given else None
 
 
 def _open(source: object, inputs: Sequence[InputInfo], images: ImagePreprocessing | None, seed: int) -> Data:
@@ -139,9 +136,9 @@ def _open(source: object, inputs: Sequence[InputInfo], images: ImagePreprocessin
     if isinstance(source, (str, os.PathLike)):
         return _open_path(Path(source).expanduser(), inputs, images)
     if isinstance(source, np.ndarray):
-        source = {_only(inputs, "a single array").name: source}
+        source = {only_input(inputs, "a single array").name: source}
     if isinstance(source, Mapping):
-        samples = _Samples.of({k: v for k, v in source.items() if k != LABELS or _is_input(k, inputs)}, inputs, "dict")
+        samples = _Samples.of({k: v for k, v in source.items() if k != LABELS or is_input(k, inputs)}, inputs, "dict")
         return Data("arrays in memory", samples.__iter__, count=samples.count)
     if isinstance(source, (list, tuple)):
         feeds: Sequence[object] = source
@@ -149,7 +146,7 @@ def _open(source: object, inputs: Sequence[InputInfo], images: ImagePreprocessin
     if callable(get_next := getattr(source, "get_next", None)):
         source = iter(get_next, None)
     if isinstance(source, Iterable):
-        spool = _Spool(_whole_feeds(source, inputs), inputs)
+        spool = Spool(_whole_feeds(source, inputs), inputs)
         return Data("stream of feeds", spool.__iter__, unit="feed", release=spool.close)
     given = "no data given" if source is None else f"a {type(source).__name__} is no data"
     raise DataError(f"{given}; give one of\n{_SOURCES}")
@@ -197,7 +194,7 @@ def _open_folder(folder: Path, inputs: Sequence[InputInfo], images: ImagePreproc
     if kind == "image":
         return Data(title, _images(folder, files, inputs, images), count=len(files), unit="image")
     if kind == ".npy":
-        _only(inputs, f"{folder}: a folder of .npy files")
+        only_input(inputs, f"{folder}: a folder of .npy files")
     return Data(title, lambda: (feeds for path in files for feeds in _load_samples(path, inputs, lone=True)))
 
 
@@ -228,14 +225,14 @@ def _images(
 ) -> Callable[[], Iterator[Feeds]]:
     from qdqtool.images import EXAMPLE, read_image
 
-    info = _only(inputs, f"{folder}: a folder of images")
+    info = only_input(inputs, f"{folder}: a folder of images")
     if images is None:
         raise DataError(f"{folder}: say how images become the model's input; a recipe has, for example,\n\n{EXAMPLE}")
 
     def replay() -> Iterator[Feeds]:
         for path in files:
             pixels = {info.name: read_image(path, images, info.dtype)}
-            yield _fit(pixels, inputs, f"{path} after [images]", _row_shapes)
+            yield fit(pixels, inputs, f"{path} after [images]", row_shapes)
 
     return replay
 
@@ -259,7 +256,7 @@ def _load_set(folder: Path, inputs: Sequence[InputInfo]) -> Feeds:
         except Exception as error:  # protobuf, onnx and numpy raise a dozen unrelated kinds here
             raise DataError(f"{path} is no readable ONNX tensor ({error}); write it again") from error
         name, number = tensor.name, path.stem.removeprefix("input_")
-        if not _is_input(name, inputs):
+        if not is_input(name, inputs):
             if not number.isdecimal() or int(number) >= len(inputs):
                 raise DataError(
                     f"{path}: the model has {len(inputs)} input(s) and none named {name!r}; remove the file"
@@ -268,14 +265,14 @@ def _load_set(folder: Path, inputs: Sequence[InputInfo]) -> Feeds:
         if name in feed:
             raise DataError(f"{path}: another file of this folder is for input {name!r} too; remove one of them")
         feed[name] = array
-    return _fit(feed, inputs, str(folder), _whole_shapes)
+    return fit(feed, inputs, str(folder), whole_shapes)
 
 
 def _load_samples(path: Path, inputs: Sequence[InputInfo], *, lone: bool = False) -> _Samples:
     """The samples of an .npz or .npy file; ``lone``: an .npy may be one sample without the model's batch axis."""
     if path.suffix.lower() == ".npz":
-        return _Samples.of(_load_npz(path, lambda name: name != LABELS or _is_input(name, inputs)), inputs, str(path))
-    info = _only(inputs, f"{path}: an .npy file")
+        return _Samples.of(_load_npz(path, lambda name: name != LABELS or is_input(name, inputs)), inputs, str(path))
+    info = only_input(inputs, f"{path}: an .npy file")
     array = _load_npy(path)
     if lone and array.ndim == len(info.shape) - 1 and (info.shape[0] == 1 or not isinstance(info.shape[0], int)):
         array = array[np.newaxis]
@@ -321,7 +318,7 @@ class _Samples:
 
     @classmethod
     def of(cls, given: Mapping[str, object], inputs: Sequence[InputInfo], where: str) -> _Samples:
-        arrays = _fit(given, inputs, where, _sample_shapes)
+        arrays = fit(given, inputs, where, sample_shapes)
         counts = {name: len(array) for name, array in arrays.items()}
         if len(set(counts.values())) > 1:
             found = ", ".join(f"{name} has {count}" for name, count in counts.items())
@@ -337,174 +334,9 @@ class _Samples:
             yield {name: a[i, ...] if name in self.items else a[i : i + 1] for name, a in self.arrays.items()}
 
 
-class _Spool:
-    """The feeds of a one-shot iterator, kept in an anonymous temporary file as they first pass."""
-
-    def __init__(self, feeds: Iterator[Feeds], inputs: Sequence[InputInfo]) -> None:
-        self._feeds = feeds
-        self._dtypes = {info.name: info.dtype for info in inputs}
-        self._file = tempfile.TemporaryFile(prefix="qdqtool-")  # noqa: SIM115 (closed by the owner's finalizer)
-        self.close = self._file.close
-        self._starts: list[int] = []
-        self._failure = ""
-        self._lock = threading.Lock()
-
-    def __iter__(self) -> Iterator[Feeds]:
-        index = 0
-        while (feeds := self._feed(index)) is not None:
-            yield feeds
-            index += 1
-
-    def _feed(self, index: int) -> Feeds | None:
-        with self._lock:
-            if index == len(self._starts) and not self._pull():
-                return None
-            # Read back even on the first pass: a generator may fill the same buffer again for its next feed.
-            self._file.seek(self._starts[index])
-            return {name: self._read().view(dtype) for name, dtype in self._dtypes.items()}
-
-    def _read(self) -> np.ndarray:
-        array: np.ndarray = np.lib.format.read_array(self._file, allow_pickle=False)
-        return array
-
-    def _pull(self) -> bool:
-        """Append the next feed to the file; False at the end."""
-        if self._failure:
-            raise DataError(f"the data failed on an earlier pass and cannot be replayed: {self._failure}")
-        try:
-            feeds = next(self._feeds, None)
-            if feeds is not None:
-                start = self._file.seek(0, os.SEEK_END)
-                for name in self._dtypes:
-                    # As bare bytes: .npy has no names for ml_dtypes, and cannot even read back a float8_e5m2.
-                    raw = feeds[name].view(f"V{feeds[name].itemsize}")
-                    np.lib.format.write_array(self._file, raw, allow_pickle=False)
-                self._starts.append(start)
-        except BaseException as error:
-            # A generator that raised is exhausted: the next pass would take what is there for everything.
-            self._failure = str(error) or type(error).__name__
-            raise
-        return feeds is not None
-
-
 def _whole_feeds(source: Iterable[object], inputs: Sequence[InputInfo]) -> Iterator[Feeds]:
     for index, feed in enumerate(source):
         where = f"feed {index} (the first is 0)"
         if not isinstance(feed, Mapping):
             raise DataError(f"{where} is a {type(feed).__name__}; each must be a dict {{input name: array}}")
-        yield _fit(feed, inputs, where, _whole_shapes)
-
-
-def _whole_shapes(info: InputInfo) -> list[Shape]:
-    return [info.shape]
-
-
-def _row_shapes(info: InputInfo) -> list[Shape]:
-    return [(None, *info.shape[1:])]
-
-
-def _sample_shapes(info: InputInfo) -> list[Shape]:
-    return [*(_row_shapes(info) if info.shape else []), (None, *info.shape)]
-
-
-class _MisfitError(Exception):
-    """What to do about one array that does not fit its input."""
-
-
-def _fit(
-    given: Mapping[str, object], inputs: Sequence[InputInfo], where: str, shapes: Callable[[InputInfo], list[Shape]]
-) -> Feeds:
-    """The given arrays in the inputs' order and dtypes: read-only, C-contiguous, views where nothing is converted.
-
-    ``shapes`` lists what is acceptable for an input, None being any size; the first of the array's rank counts.
-
-    Raises:
-        DataError: with all that is wrong at once, and what the model wants beside what was given.
-    """
-    arrays = {str(name): _as_array(value, str(name), where) for name, value in given.items()}
-    fitted: Feeds = {}
-    advice = []
-    for info in inputs:
-        if info.name not in arrays:
-            advice.append(f"{info.name}: missing; every input of the model needs an array")
-            continue
-        try:
-            fitted[info.name] = _fit_one(arrays[info.name], info, shapes(info))
-        except _MisfitError as misfit:
-            advice.append(f"{info.name}: {misfit}")
-    missing = [info.name for info in inputs if info.name not in arrays]
-    extra = [name for name in arrays if not _is_input(name, inputs)]
-    advice += [f"{name}: the model has no such input; remove or rename it.{nearest(name, missing)}" for name in extra]
-    if advice:
-        raise DataError("\n".join([f"{where} does not fit the model", *_table(arrays, inputs, extra), "", *advice]))
-    return fitted
-
-
-def _table(arrays: Feeds, inputs: Sequence[InputInfo], extra: Sequence[str]) -> list[str]:
-    text = {name: f"{name}: {a.dtype.name}[{', '.join(map(str, a.shape))}]" for name, a in arrays.items()}
-    rows = [("the model wants", "given"), *((str(info), text.get(info.name, "-")) for info in inputs)]
-    rows += [("-", text[name]) for name in extra]
-    width = max(len(wanted) for wanted, _ in rows)
-    return [f"  {wanted:{width}}   {found}" for wanted, found in rows]
-
-
-def _fit_one(array: np.ndarray, info: InputInfo, shapes: list[Shape]) -> np.ndarray:
-    shape = next((shape for shape in shapes if len(shape) == array.ndim), None)
-    if shape is None:
-        if len(shapes) == 1 and array.ndim == len(info.shape) - 1:
-            raise _MisfitError("the leading batch axis is missing; give array[numpy.newaxis]")
-        ranks = " or ".join(str(len(shape)) for shape in shapes)
-        more = " (samples along axis 0; with one rank more than the model's, whole feeds)" if len(shapes) > 1 else ""
-        raise _MisfitError(f"its rank is {array.ndim}; give rank {ranks}{more}")
-    for axis, (want, size) in enumerate(zip(shape, array.shape, strict=True)):
-        if isinstance(want, int) and want != size:
-            raise _MisfitError(f"axis {axis} must be {want}, not {size}")
-    view = np.asarray(_convert(array, info.dtype), order="C").view()
-    view.flags.writeable = False
-    return view
-
-
-def _convert(array: np.ndarray, dtype: np.dtype) -> np.ndarray:
-    """Float to float and integer to integer where the values fit; anything else would be a guess."""
-    if array.dtype == dtype:
-        return array
-    if np.issubdtype(array.dtype, np.floating) and np.issubdtype(dtype, np.floating):
-        with np.errstate(over="ignore"):
-            converted = array.astype(dtype)
-        if np.isinf(converted).sum() != np.isinf(array).sum():
-            raise _MisfitError(f"some values are too large for {dtype}; clip them")
-        return converted
-    if np.issubdtype(array.dtype, np.integer) and np.issubdtype(dtype, np.integer):
-        limits = np.iinfo(dtype)
-        least, greatest = (int(array.min()), int(array.max())) if array.size else (0, 0)
-        if least < limits.min or greatest > limits.max:
-            raise _MisfitError(f"values {least} to {greatest} do not fit {dtype}; give values that do")
-        return array.astype(dtype)
-    if dtype.name == "bfloat16" and array.dtype == np.dtype("V2"):
-        return array.view(dtype)  # numpy.save keeps the bytes of a bfloat16 array but not its name
-    if np.issubdtype(array.dtype, np.integer) and np.issubdtype(dtype, np.floating):
-        raise _MisfitError(
-            f"how integers become {dtype} is not guessed; for pixels perhaps array.astype('{dtype}') / 255"
-        )
-    raise _MisfitError(f"{array.dtype} is not converted to {dtype} silently; convert it as the model expects it")
-
-
-def _as_array(value: object, name: str, where: str) -> np.ndarray:
-    try:
-        array = np.asarray(value)
-    except (TypeError, ValueError, RuntimeError) as error:  # ragged lists; tensors of other libraries on a device
-        raise DataError(f"{where}: {name!r} cannot become a numpy array ({error}); give arrays of numbers") from error
-    if array.dtype.hasobject:
-        raise DataError(f"{where}: {name!r} holds Python objects; give arrays of numbers")
-    return array
-
-
-def _only(inputs: Sequence[InputInfo], what: str) -> InputInfo:
-    if len(inputs) != 1:
-        names = ", ".join(info.name for info in inputs)
-        raise DataError(f"{what} serves models of one input, this one has {len(inputs)} ({names}); give an .npz file")
-    return inputs[0]
-
-
-def _is_input(name: object, inputs: Sequence[InputInfo]) -> bool:
-    return any(info.name == name for info in inputs)
+        yield fit(feed, inputs, where, whole_shapes)

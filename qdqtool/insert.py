@@ -39,7 +39,7 @@ class _Inserter:
         self.before: dict[int, list[gs.Node]] = {}  # id(node) -> nodes to run right before it
         self.pairs: dict[tuple[str, int], list[tuple[QuantParams, gs.Tensor]]] = {}
         self.constants: dict[tuple[str, bytes], gs.Constant] = {}
-        self.fresh: list[gs.Node] = []
+        self.fresh: dict[str, gs.Node] = {}
 
     def run(self) -> gs.Graph:
         for key in self.plan.entries:
@@ -48,7 +48,7 @@ class _Inserter:
         for key in self.plan.entries:
             if isinstance(key, Output):
                 self._insert_output(key)
-        self.graph.nodes.extend(self.fresh)
+        self.graph.nodes.extend(self.fresh.values())
         graphs.sweep(self.graph)
         return self.graph
 
@@ -83,7 +83,11 @@ class _Inserter:
     def _insert_output(self, key: Output) -> None:
         """Give every reader, graph outputs included, the quantized tensor; the name of a graph output stays."""
         tensor = self.tensors[key.tensor]
-        readers = [(node, i) for node, i in graphs.uses(tensor) if Use(node.name, i) not in self.plan.entries]
+        readers = [
+            (node, i)
+            for node, i in graphs.uses(tensor)
+            if Use(node.name, i) not in self.plan.entries and node.name not in self.fresh
+        ]
         given = [i for i, out in enumerate(self.graph.outputs) if out is tensor]
         result = self._pair(tensor, params_of(self._value(key)))
         for node, index in readers:
@@ -105,9 +109,9 @@ class _Inserter:
         result = gs.Variable(self._name(f"{tensor.name}_dequantized"), dtype=tensor.dtype, shape=tensor.shape)
         scale, zero = self._scale(tensor.name, params, tensor.dtype)
         name = self._name(f"{tensor.name}_QuantizeLinear")
-        self.fresh.append(gs.Node("QuantizeLinear", name, {}, [tensor, scale, zero], [codes]))
+        self.fresh[name] = gs.Node("QuantizeLinear", name, {}, [tensor, scale, zero], [codes])
         name = self._name(f"{tensor.name}_DequantizeLinear")
-        self.fresh.append(gs.Node("DequantizeLinear", name, {}, [codes, scale, zero], [result]))
+        self.fresh[name] = gs.Node("DequantizeLinear", name, {}, [codes, scale, zero], [result])
         known.append((params, result))
         return result
 
@@ -130,7 +134,7 @@ class _Inserter:
         if granularity.scheme is Scheme.PER_BLOCK:
             attrs["block_size"] = cast(int, granularity.block_size)
         name = self._name(f"{tensor.name}_DequantizeLinear")
-        self.fresh.append(gs.Node("DequantizeLinear", name, attrs, [codes, scale, zero], [result]))
+        self.fresh[name] = gs.Node("DequantizeLinear", name, attrs, [codes, scale, zero], [result])
         known.append((params, result))
         return result
 

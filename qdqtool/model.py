@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import math
 import os
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
@@ -31,6 +32,16 @@ MAX_OPSET: Final = 26  # the newest that onnxruntime 1.31 loads
 _MAX_IR: Final = 13
 _IR_OF_OPSET: Final = ((21, 10), (23, 11), (24, 12), (25, 13))  # least IR version that a newer opset's types need
 _PROTOBUF_LIMIT: Final = 2**31 - 1
+_ROOM: Final = 2**24  # for everything but the data of initializers
+_BITS: Final = {
+    number: 4
+    if name.endswith(("INT4", "FLOAT4E2M1"))
+    else 2
+    if name.endswith("INT2")
+    else 8 * onnx.helper.tensor_dtype_to_np_dtype(number).itemsize
+    for name, number in onnx.TensorProto.DataType.items()
+    if name not in ("UNDEFINED", "STRING")
+}
 _LARGE_CONSTANT: Final = 4096  # bytes; shape inference reads the values of small constants only
 
 
@@ -106,6 +117,9 @@ def _read(path: Path) -> onnx.ModelProto:
         raise ModelError(f"{path} cannot be read: {error}") from error
     if not proto.ir_version and not proto.graph.node:
         raise ModelError(f"{path} is no ONNX model: it holds no graph")
+    for tensor in proto.graph.initializer:
+        if tensor.data_location == onnx.TensorProto.DEFAULT:  # written out where the values came from another file
+            tensor.ClearField("data_location")
     return proto
 
 
@@ -116,7 +130,14 @@ def opset(proto: onnx.ModelProto) -> int:
 
 def fingerprint(proto: onnx.ModelProto) -> str:
     """SHA-256 of the model's content in hexadecimal, equal for equal models however they were stored."""
-    return hashlib.sha256(proto.SerializeToString(deterministic=True)).hexdigest()
+    if fits_protobuf(proto):
+        return hashlib.sha256(proto.SerializeToString(deterministic=True)).hexdigest()
+    light = without_large_constants(proto)
+    onnx.helper.set_model_props(light, metadata(proto))
+    state = hashlib.sha256(light.SerializeToString(deterministic=True))
+    for tensor in proto.graph.initializer:
+        state.update(tensor.SerializeToString(deterministic=True))
+    return state.hexdigest()
 
 
 def inputs(proto: onnx.ModelProto) -> tuple[InputInfo, ...]:
@@ -236,20 +257,27 @@ def without_large_constants(proto: onnx.ModelProto) -> onnx.ModelProto:
     return light
 
 
+def fits_protobuf(proto: onnx.ModelProto) -> bool:
+    """Whether the model can be one message: under 2 GiB. Protobuf itself cannot tell: counting means serializing."""
+    total = sum(math.prod(t.dims) * _BITS.get(t.data_type, 64) // 8 for t in proto.graph.initializer)
+    return total < _PROTOBUF_LIMIT - _ROOM
+
+
 def size(proto: onnx.ModelProto) -> int:
-    """Bytes of the model with its tensors."""
-    return proto.ByteSize()
+    """Bytes of the model with its tensors; over 2 GiB to within some bytes for each of them."""
+    if fits_protobuf(proto):
+        return proto.ByteSize()
+    return without_large_constants(proto).ByteSize() + sum(
+        t.ByteSize() for t in proto.graph.initializer if t.ByteSize() > _LARGE_CONSTANT
+    )
 
 
 def check(proto: onnx.ModelProto) -> None:
-    """Run ONNX's checker; ModelError says what it found."""
+    """Run ONNX's checker, over 2 GiB without the values of large constants; ModelError says what it found."""
     try:
-        onnx.checker.check_model(proto)
-    except onnx.checker.ValidationError as error:
+        onnx.checker.check_model(proto if fits_protobuf(proto) else without_large_constants(proto))
+    except (onnx.checker.ValidationError, ValueError) as error:
         raise ModelError(f"the ONNX checker refuses the model: {error}") from error
-    except ValueError as error:  # over 2 GiB: the checker works on serialized bytes; the runtime still loads the file
-        if proto.ByteSize() < _PROTOBUF_LIMIT:
-            raise ModelError(f"the ONNX checker refuses the model: {error}") from error
 
 
 def save(proto: onnx.ModelProto, path: str | os.PathLike[str], *, external_data: bool | None = None) -> Path:
@@ -265,7 +293,7 @@ def save(proto: onnx.ModelProto, path: str | os.PathLike[str], *, external_data:
     """
     target = Path(path)
     if external_data is None:
-        external_data = proto.ByteSize() >= _PROTOBUF_LIMIT
+        external_data = not fits_protobuf(proto)
     with _staging(target) as folder:
         staged = folder / target.name
         if external_data:

@@ -6,20 +6,22 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import Final
 
 import onnx
 
 from qdqtool import batching, runtime
 from qdqtool import model as models
 from qdqtool.batching import Batching, Sample
-from qdqtool.data import Data, Feeds
+from qdqtool.data import Data
 from qdqtool.errors import DataError
+from qdqtool.fit import Feeds
 from qdqtool.statistics import Statistics, TensorStatistics
 
 Progress = Callable[[str, int, int | None], None]
 """Called with the step's name, samples done and samples in all (None while unknown)."""
 
-HELD = 32
+HELD: Final = batching.MAX_BATCH
 """Samples kept for the steps behind observation (bias correction, verification), chosen by content."""
 
 

@@ -29,6 +29,7 @@ from qdqtool.passes import (
     LiftConstants,
     Observe,
     PlanQuantization,
+    PointwiseToGemm,
     RaiseOpset,
     RemoveIdentity,
     Verify,
@@ -74,12 +75,14 @@ def preparation(recipe: Recipe) -> list[Pass]:
         FoldConstants(),
         InferShapes(),
         FoldConstants(),
-        RaiseOpset(),
+        RaiseOpset(recipe.min_opset),
         InferShapes(),
         RemoveIdentity(),
         FuseLinearBias(),
         FoldBatchnorm(),
         FoldScaleShift(),
+        InferShapes(),
+        PointwiseToGemm(),
     ]
     return [*passes, *([AddBias()] if recipe.bias_correction else []), InferShapes()]
 
@@ -152,7 +155,7 @@ def load(model: ModelSource, recipe: Recipe, provider: str) -> tuple[State, froz
         "calibrators", recipe.calibrator.name, recipe.calibrator.options
     )  # a misspelt name must not cost a calibration
     original = models.load(model)
-    resolved, note = runtime.resolve_provider(provider)
+    resolved, note = runtime.resolve_provider("cpu" if provider == "auto" and chosen.name == "cpu" else provider)
     graph, header = models.to_graph(original)
     state = State(graph, header, recipe, chosen, original=original, provider=resolved)
     state.user_nodes = frozenset(node.name for node in original.graph.node)

@@ -124,6 +124,12 @@ class Recipe(BaseModel):
         """Number format of weights that the precision names."""
         return FORMATS["int8"]
 
+    @property
+    def min_opset(self) -> int:
+        """Least opset of the default domain that has per-channel Q/DQ and every number format asked for."""
+        wanted = [o.dtype for o in (*self.tensors.values(), *self.nodes.values()) if o.dtype is not None]
+        return max([13, *(FORMATS[name].min_opset for name in wanted)])
+
     @classmethod
     def of(cls, values: Mapping[str, object]) -> Recipe:
         """Build a recipe from plain values; RecipeError names the field, and for an unknown one the nearest known."""
@@ -162,7 +168,7 @@ class Recipe(BaseModel):
     def to_json(self) -> str:
         """All fields that differ from their defaults and the three that describe every file, as one line of JSON."""
         head = self.model_dump(mode="json", include={"target", "precision", "calibrator"})
-        return json.dumps({**head, **self.values()}, sort_keys=True)
+        return json.dumps({**head, **self.values()})
 
 
 def _parse(text: str, suffix: str) -> object:

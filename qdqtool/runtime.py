@@ -25,7 +25,6 @@ PROVIDERS: Final[Mapping[str, tuple[str, ...]]] = {
     "cuda": ("CUDAExecutionProvider", "CPUExecutionProvider"),
     "tensorrt": ("TensorrtExecutionProvider", "CUDAExecutionProvider", "CPUExecutionProvider"),
 }
-_PROTOBUF_LIMIT: Final = 2**31 - 1
 
 
 def session(
@@ -62,8 +61,11 @@ def session(
         options.add_session_config_entry(key, value)
     if optimized_path is not None:
         options.optimized_model_filepath = str(optimized_path)
+        if not models.fits_protobuf(proto):
+            name = f"{Path(optimized_path).name}.data"
+            options.add_session_config_entry("session.optimized_model_external_initializers_file_name", name)
     try:
-        if proto.ByteSize() < _PROTOBUF_LIMIT:
+        if models.fits_protobuf(proto):
             return ort.InferenceSession(proto.SerializeToString(), options, providers=list(PROVIDERS[provider]))
         with tempfile.TemporaryDirectory(prefix="qdqtool-") as folder:
             path = models.save(proto, Path(folder) / "model.onnx", external_data=True)

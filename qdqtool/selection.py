@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
 from qdqtool.errors import RecipeError, nearest
+from qdqtool.plan import DerivedFrom, Plan, SharedWith
 from qdqtool.recipe import Override, match_names
 from qdqtool.spec import PER_TENSOR, QuantSpec, number_format
 
@@ -35,8 +35,6 @@ class SpecOverride:
             spec = replace(spec, format=number_format(wanted.dtype), bits=None)
         if wanted.symmetric is not None:
             spec = replace(spec, symmetric=wanted.symmetric, narrow=wanted.symmetric)
-        if wanted.granularity == "per_tensor":
-            spec = replace(spec, granularity=PER_TENSOR)
         if wanted.range is not None:
             spec = replace(spec, fixed=wanted.range)
         return spec
@@ -69,20 +67,33 @@ class Selection:
                     f"{nearest(op, known)}"
                 )
 
-    def check_tensors(self, planned: Iterable[str]) -> None:
-        """Refuse overrides of tensors that are not quantized; RecipeError says whether the name exists at all."""
-        known = set(planned)
-        for name in self._tensors:
-            if name in known:
-                continue
-            if name in self._user_tensors:
-                raise RecipeError(
-                    f"tensors override {name!r}: the plan does not quantize this tensor (it stays float, or was "
-                    f"fused away).{nearest(name, known)} See the plan with --dry-run"
-                )
-            raise RecipeError(
-                f"tensors override {name!r} matches no tensor.{nearest(name, known | self._user_tensors)}"
-            )
+    def check_tensors(self, plan: Plan) -> None:
+        """Refuse overrides of tensors that have no spec of their own, with the reason."""
+        known = {plan.tensors[key] for key, _ in plan.specs()}
+        for name, override in self._tensors.items():
+            if name not in known:
+                raise RecipeError(f"tensors override {name!r}{self._no_effect(name, plan, known)}")
+            specs = [spec for key, spec in plan.specs() if plan.tensors[key] == name]
+            if override.granularity == "per_channel" and all(spec.granularity == PER_TENSOR for spec in specs):
+                raise RecipeError(f"tensors override {name!r}: this tensor cannot have a scale for each channel")
+
+    def _no_effect(self, name: str, plan: Plan, known: set[str]) -> str:
+        for key, tensor in plan.tensors.items():
+            entry = plan.entries[key]
+            if tensor == name and isinstance(entry, SharedWith):
+                return f": it has the same codes as {plan.tensors[plan.resolve(key)]!r}; override that tensor"
+            if tensor == name and isinstance(entry, DerivedFrom):
+                return ": this bias is int32, and its scale follows from the layer's input and weight"
+        if name not in self._user_tensors:
+            return f" matches no tensor.{nearest(name, known | self._user_tensors)}"
+        return (
+            f": the plan does not quantize this tensor (it stays float, or was fused away).{nearest(name, known)} "
+            f"See the plan with --dry-run"
+        )
+
+    def overrides(self, tensor: gs.Tensor) -> bool:
+        """Whether the user overrides the tensor by its name."""
+        return tensor.name in self._tensors
 
     def left_out(self, node: gs.Node) -> str | None:
         """Why the user leaves the node float; None where they do not."""
@@ -102,6 +113,13 @@ class Selection:
         for pattern, override in self._nodes.items():
             if any(re.fullmatch(pattern, part) for part in parts):
                 return override
+        return None
+
+    def granularity(self, node: gs.Node, weight: gs.Tensor) -> str | None:
+        """The granularity that the user wants for a node's weight, by the tensor's name or else the node's."""
+        for override in (self._tensors.get(weight.name), self.node_override(node)):
+            if override is not None and override.granularity is not None:
+                return override.granularity
         return None
 
     def on_tensor(self, tensor: gs.Tensor, spec: QuantSpec) -> QuantSpec:

@@ -151,20 +151,25 @@ class Histogram:
 
     def bins(self) -> Bins:
         """The occupied bins in ascending order."""
-        parts: list[tuple[FloatArray, FloatArray, IntArray]] = []
-        for number in sorted(self.pages):
-            used = np.flatnonzero(self.pages[number])
-            keys = ((abs(number) - 1) << MANTISSA_BITS) + used
-            near, far = (_value_of(keys + i) for i in (0, 1))
-            counts = self.pages[number][used]
-            parts.append((near, far, counts) if number > 0 else (-far[::-1], -near[::-1], counts[::-1]))
-        if self.zeros:
-            zero = np.zeros(1)
-            parts.insert(sum(n < 0 for n in self.pages), (zero, zero, np.array([self.zeros], np.int64)))
-        if not parts:
-            return Bins(np.zeros(0), np.zeros(0), np.zeros(0, np.int64))
-        lo, hi, count = (np.concatenate(column) for column in zip(*parts, strict=True))
+        negative, positive = (self._side(sorted(n for n in self.pages if (n > 0) == sign)) for sign in (False, True))
+        lo, hi, count = (np.concatenate(c) for c in zip(negative, self._zero(), positive, strict=True))
         return Bins(lo, hi, count)
+
+    def _side(self, numbers: list[int]) -> tuple[FloatArray, FloatArray, IntArray]:
+        """Edges and counts of the occupied bins of pages of one sign, in ascending order of value."""
+        used = [np.flatnonzero(self.pages[n]) for n in numbers]
+        if not used:
+            return np.zeros(0), np.zeros(0), np.zeros(0, np.int64)
+        if numbers[0] < 0:
+            used = [u[::-1] for u in used]
+        keys = np.concatenate([((abs(n) - 1) << MANTISSA_BITS) + u for n, u in zip(numbers, used, strict=True)])
+        counts = np.concatenate([self.pages[n][u] for n, u in zip(numbers, used, strict=True)])
+        near, far = _value_of(keys), _value_of(keys + 1)
+        return (near, far, counts) if numbers[0] > 0 else (-far, -near, counts)
+
+    def _zero(self) -> tuple[FloatArray, FloatArray, IntArray]:
+        count = np.array([self.zeros] if self.zeros else [], np.int64)
+        return np.zeros(count.size), np.zeros(count.size), count
 
 
 def _value_of(keys: IntArray) -> FloatArray:

@@ -28,11 +28,13 @@ def normal(*shape: int, seed: int = 0, scale: float = 1.0) -> Array:
 
 
 def weight(*shape: int, seed: int = 0, inputs: int | None = None) -> Array:
-    """A weight that keeps the variance of its input behind a Relu (He); ``inputs`` is the fan-in, [out, in, ...] by default."""
+    """A weight that keeps the variance behind a Relu (He); ``inputs``: fan-in, by default that of [out, in, ...]."""
     return normal(*shape, seed=seed, scale=math.sqrt(2 / (inputs or math.prod(shape[1:]))))
 
 
-def parse(body: str, x: str, y: str, opset: int = 17, domain: str = "", **constants: Array) -> onnx.ModelProto:
+def parse(
+    body: str, x: str, y: str, constants: Mapping[str, Array], *, opset: int = 17, domain: str = ""
+) -> onnx.ModelProto:
     """A model from the ONNX text of its body, its inputs and outputs; ``constants`` become initializers."""
     others = f', "{domain}": 1' if domain else ""
     head = f'<ir_version: 8, opset_import: ["": {opset}{others}]>'
@@ -42,7 +44,7 @@ def parse(body: str, x: str, y: str, opset: int = 17, domain: str = "", **consta
 
 
 def feeds(proto: onnx.ModelProto, samples: int = 32, seed: int = 1, **free: int) -> Arrays:
-    """Values in [-1, 1] (like the pixels of an image) for every float input, 0 and 1 for every other; samples along axis 0.
+    """Values in [-1, 1], as pixels are, for every float input, 0 and 1 for every other; samples along axis 0.
 
     Free dimensions have the sizes in ``free``, or else those in :data:`FREE`.
     """
@@ -113,13 +115,19 @@ def reasons(result: Result) -> dict[str, str]:
     return {skip.node: skip.reason for skip in result.report.skipped}
 
 
-def conv_chain(layers: int, channels: int = 8, size: int = 8, *, relu: bool = True) -> onnx.ModelProto:
-    """Conv, Relu, Conv, Relu, ...: 3x3, with bias, as many channels everywhere."""
-    step = "[conv{i}] c{i} = Conv <pads = [1, 1, 1, 1]> (x{i}, w{i}, b{i}) [relu{i}] x{j} = Relu(c{i})"
-    if not relu:
-        step = "[conv{i}] x{j} = Conv <pads = [1, 1, 1, 1]> (x{i}, w{i}, b{i})"
+def conv_values(layers: int, channels: int = 8) -> Arrays:
+    """Weights w0, w1, ... of 3x3 convolutions that keep the number of channels, and biases b0, b1, ..."""
+    weights = {f"w{i}": weight(channels, channels, 3, 3, seed=i) for i in range(layers)}
+    return weights | {f"b{i}": normal(channels, seed=i, scale=0.1) for i in range(layers)}
+
+
+def conv(result: str, source: str, index: int = 0) -> str:
+    """A 3x3 convolution as ONNX text, with the values of :func:`conv_values`; the node is named as its result."""
+    return f"[{result}] {result} = Conv <pads = [1, 1, 1, 1]> ({source}, w{index}, b{index})"
+
+
+def conv_chain(layers: int, channels: int = 8, size: int = 8) -> onnx.ModelProto:
+    """Conv, Relu, Conv, Relu, ...: nodes c0, r0, c1, r1, ... that put out tensors of their names."""
+    steps = [f"{conv(f'c{i}', f'r{i - 1}' if i else 'x', i)} [r{i}] r{i} = Relu(c{i})" for i in range(layers)]
     shape = f"[N, {channels}, {size}, {size}]"
-    values = {f"w{i}": weight(channels, channels, 3, 3, seed=i) for i in range(layers)}
-    values |= {f"b{i}": normal(channels, seed=i, scale=0.1) for i in range(layers)}
-    body = " ".join(step.format(i=i, j=i + 1) for i in range(layers))
-    return parse(body, f"float{shape} x0", f"float{shape} x{layers}", **values)
+    return parse(" ".join(steps), f"float{shape} x", f"float{shape} r{layers - 1}", conv_values(layers, channels))

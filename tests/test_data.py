@@ -11,8 +11,9 @@ import onnx
 import pytest
 from onnx import numpy_helper
 
-from qdqtool.data import Data, Feeds, load_labels, open_data
+from qdqtool.data import Data, load_labels, open_data
 from qdqtool.errors import DataError
+from qdqtool.fit import Feeds
 from qdqtool.model import InputInfo
 
 

@@ -166,5 +166,5 @@ def _parts(proto: onnx.ModelProto) -> dict[str, int]:
         kind = f"{onnx.TensorProto.DataType.Name(tensor.data_type).lower()} constants"
         parts[kind] = parts.get(kind, 0) + tensor.ByteSize()
     parts["metadata"] = sum(entry.ByteSize() for entry in proto.metadata_props)
-    parts["graph and names"] = proto.ByteSize() - sum(parts.values())
+    parts["graph and names"] = models.size(proto) - sum(parts.values())
     return parts

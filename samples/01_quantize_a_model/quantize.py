@@ -17,7 +17,7 @@ HERE = Path(__file__).parent
 
 
 def top1(model: Path) -> float:
-    """Return the percentage of evaluation images whose largest logit is at their label, with every runtime fusion on."""
+    """Return the percentage of evaluation images whose largest logit is at their label, all runtime fusions on."""
     evaluation = np.load(HERE / "evaluation.npz")
     session = onnxruntime.InferenceSession(model, providers=["CPUExecutionProvider"])
     logits = np.asarray(session.run(["logits"], {"image": evaluation["image"]})[0])
@@ -36,7 +36,8 @@ def main() -> None:
     assert report.verification is not None
     for name, db in report.verification.fused.items():
         print(f"{name}: {db:.1f} dB SQNR on {report.verification.samples} calibration images")
-    print(f"{report.integer_kernels} integer kernels: {report.kernels}")
+    operators = ", ".join(f"{count} {op}" for op, count in report.kernels.items())
+    print(f"{report.integer_kernels} integer kernels among {operators}")
     for skip in report.skipped:
         print(f"left alone by {skip.pass_name}: {skip.node} ({skip.reason})")
     for name, path in (("float", source), ("quantized", output)):

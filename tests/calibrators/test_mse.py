@@ -7,7 +7,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from qdqtool.affine import expected_error
+from qdqtool.affine import expected_error, fake_quantize, params_from_range
 from qdqtool.calibrators.minmax import MinMax
 from qdqtool.calibrators.mse import Mse
 from qdqtool.spec import FORMATS, QuantSpec, Range
@@ -73,3 +73,11 @@ def test_never_worse_than_minmax_on_the_histogram(observe: Observe, seed: int, f
     chosen = Mse().choose(stats, spec)
     mine, minmax = expected_error(stats.bins, np.array([chosen.lo, stats.lo]), np.array([chosen.hi, stats.hi]), spec)
     assert mine <= minmax
+
+
+def test_pixels_scaled_to_minus_one_to_one_do_not_all_fall_between_two_codes(observe: Observe) -> None:
+    x = (np.arange(256, dtype=np.float32) / 127.5 - 1).repeat(4)
+    stats, spec = observe(x), QuantSpec(FORMATS["uint8"])
+    chosen = params_from_range(Mse().choose(stats, spec), spec)
+    minmax = params_from_range(Range(np.array(stats.lo), np.array(stats.hi)), spec)
+    assert np.mean((fake_quantize(x, chosen) - x) ** 2) < 0.5 * np.mean((fake_quantize(x, minmax) - x) ** 2)
