@@ -10,15 +10,16 @@ from __future__ import annotations
 
 import enum
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
-from typing import ClassVar, Final
+from typing import ClassVar
 
 import numpy as np
 import onnx_graphsurgeon as gs
 
 from qdqtool import graph as graphs
 from qdqtool.linear import LinearLayer, bias_place
+from qdqtool.obstacles import obstacle
 from qdqtool.passes_api import Fact, State
 from qdqtool.plan import DerivedFrom, Entry, Key, Output, Plan, SharedWith, Use
 from qdqtool.selection import Selection
@@ -39,10 +40,6 @@ class PlanQuantization:
         """Set ``state.plan``; returns its number of entries."""
         state.plan = _Planner(state).plan()
         return len(state.plan.entries)
-
-
-_MASK: Final = 1e4
-"""Magnitude from which a constant operand is taken for a mask: models write -1e4, -65504, -1e9 or -3.4e38."""
 
 
 class _Kind(enum.Enum):
@@ -140,23 +137,11 @@ class _Planner:
         if rule is None:
             self._skip(node, f"{node.op} has no integer kernel on target {self.target.name}")
             return None
-        reason = self._obstacle(node, rule)
+        reason = self.selection.left_out(node) or obstacle(node, rule, self.target, self.graph.opset)
         if reason is not None:
             self._skip(node, reason)
             return None
         return rule
-
-    def _obstacle(self, node: gs.Node, rule: OpRule) -> str | None:
-        """Why a node of an operator that the target runs in integers stays float after all."""
-        reason = _no_float32(node, rule)
-        if reason is not None:
-            return reason
-        if self.graph.opset < rule.min_opset:
-            return f"{node.op} has an integer form only from opset {rule.min_opset} on"
-        if rule.weight_only and not graphs.is_constant(node.inputs[1]):
-            return "its weight is computed at run time"
-        special = _OBSTACLES.get(node.op, lambda _: None)
-        return self.selection.left_out(node) or special(node) or _extreme_constant(node, rule)
 
     def _activations(self, node: gs.Node, rule: OpRule) -> tuple[int, ...]:
         indices = range(len(node.inputs)) if rule.activations is None else rule.activations
@@ -267,9 +252,6 @@ class _Planner:
         assert unit.bias is not None
         reader = unit.node if unit.bias.node == unit.node.name else unit.node.outputs[0].outputs[0]
         bias, source = reader.inputs[unit.bias.index], unit.node.inputs[0]
-        if not graphs.is_constant(bias) or len(bias.shape) != 1:
-            self._skip(unit.node, "its bias is not a constant vector and stays float")
-            return
         use = Use(unit.node.name, 0)
         activation = use if use in self.entries else Output(source.name)
         self._add(unit.bias, DerivedFrom(activation, weight), bias)
@@ -340,57 +322,3 @@ def _activation_bound(node: gs.Node) -> tuple[float, float] | None:
             return None
         limits.append(float(value.item()) if value is not None else float(node.attrs.get(name, default)))
     return (limits[0], limits[1]) if limits[0] <= 0 < limits[1] else None
-
-
-def _operands(node: gs.Node, rule: OpRule) -> list[gs.Tensor]:
-    """The inputs that would be quantized: activations and weight."""
-    indices = (
-        range(len(node.inputs)) if rule.activations is None else (*rule.activations, *((1,) if rule.weight else ()))
-    )
-    found = (graphs.input_at(node, i) for i in dict.fromkeys(indices))
-    return [tensor for tensor in found if tensor is not None]
-
-
-def _no_float32(node: gs.Node, rule: OpRule) -> str | None:
-    operands = _operands(node, rule)
-    implied = rule.weight and any(graphs.is_constant(t) for t in operands)  # a layer has one type: its weight's
-    for tensor in (*operands, node.outputs[0]):
-        if tensor.dtype is None and implied:
-            continue
-        if tensor.dtype is None:
-            return f"the type of {tensor.name!r} is not known"
-        if tensor.dtype != np.float32:
-            return f"{tensor.name!r} is {np.dtype(tensor.dtype).name}, not float32"
-    return None
-
-
-def _extreme_constant(node: gs.Node, rule: OpRule) -> str | None:
-    """A mask (-inf, -3.4e38, -1e4 where attention must not look) has no place among the codes of ordinary values."""
-    for tensor in _operands(node, rule):
-        values = graphs.constant(tensor)
-        if values is None or values.size == 0:
-            continue
-        least, greatest = float(values.min()), float(values.max())
-        if not math.isfinite(least) or not math.isfinite(greatest):
-            return f"its constant {tensor.name!r} holds NaN or infinite values"
-        is_weight = rule.weight and tensor is node.inputs[1]
-        if not is_weight and max(-least, greatest) >= _MASK:
-            return f"its constant {tensor.name!r} reaches {least if -least > greatest else greatest:.3g}, as masks do"
-    return None
-
-
-def _resize_obstacle(node: gs.Node) -> str | None:
-    mode = node.attrs.get("mode", "nearest")
-    return None if mode == "nearest" else f"Resize in mode {mode!r} computes new values; it runs in float"
-
-
-def _pad_obstacle(node: gs.Node) -> str | None:
-    tensor = graphs.input_at(node, 2)
-    value = graphs.constant(tensor)
-    if node.attrs.get("mode", "constant") != "constant" or tensor is None or (value is not None and not value.any()):
-        return None
-    return "it pads with a value other than 0"
-
-
-_OBSTACLES: Final[dict[str, Callable[[gs.Node], str | None]]] = {"Resize": _resize_obstacle, "Pad": _pad_obstacle}
-"""Why a node of an operator that the target runs in integers stays float after all."""

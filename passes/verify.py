@@ -9,7 +9,7 @@ import numpy as np
 
 from qdqtool import model as models
 from qdqtool import placement, runtime
-from qdqtool.compare import VERIFIED, Comparison, Sqnr
+from qdqtool.comparison import VERIFIED, Comparison, Sqnr
 from qdqtool.errors import GateError, ModelError
 from qdqtool.passes_api import Fact, State
 

@@ -1,4 +1,7 @@
-"""qdqtool: float ONNX model in, verified QDQ model out."""
+"""qdqtool: float ONNX model in, verified QDQ model out.
+
+A public name here must not be a module's too: importing the module would put the module in the name's place.
+"""
 
 from __future__ import annotations
 
@@ -7,20 +10,20 @@ from typing import TYPE_CHECKING
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from qdqtool.compare import Comparison, compare
+    from qdqtool.comparison import Comparison, compare
     from qdqtool.errors import QdqError
-    from qdqtool.pipeline import Result, plan, quantize
+    from qdqtool.pipeline import Result, dry_run, quantize
     from qdqtool.recipe import Recipe
     from qdqtool.report.values import Report
 
-__all__ = ["Comparison", "QdqError", "Recipe", "Report", "Result", "__version__", "compare", "plan", "quantize"]
+__all__ = ["Comparison", "QdqError", "Recipe", "Report", "Result", "__version__", "compare", "dry_run", "quantize"]
 
 _HOMES = {
-    "Comparison": "compare",
-    "compare": "compare",
+    "Comparison": "comparison",
+    "compare": "comparison",
     "QdqError": "errors",
     "Result": "pipeline",
-    "plan": "pipeline",
+    "dry_run": "pipeline",
     "quantize": "pipeline",
     "Recipe": "recipe",
     "Report": "report.values",

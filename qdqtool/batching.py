@@ -124,7 +124,6 @@ class Batching:
         feeds = {name: np.concatenate([s.feeds[name] for s in padded]) for name in group[0].feeds}
         return Batch(feeds, tuple(group), len(padded))
 
-
     def _filled(self, sample: Sample) -> Batch:
         """One whole feed; where the model's batch is fixed and the feed is short, its last row is repeated."""
         rows = min((array.shape[0] for array in sample.feeds.values() if array.ndim), default=1)

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     import onnx
     from rich.console import RenderableType
 
-    from qdqtool.compare import Comparison
+    from qdqtool.comparison import Comparison
     from qdqtool.data import Data
     from qdqtool.recipe import Recipe
 
@@ -145,7 +145,7 @@ def _show_plan(call: _Call, recipe: Recipe) -> None:
 
     _advise(call, recipe)
     callback = None if call.save_each is None else files.save_each(call.save_each)
-    state, timings = pipeline.plan(call.model, recipe=recipe, callback=callback)
+    state, timings = pipeline.dry_run(call.model, recipe=recipe, callback=callback)
     if call.report is not None:
         files.write_text(f"{machine.plan_json(state, timings)}\n", call.report / "plan.json")
     _show(
@@ -202,7 +202,7 @@ def _evaluation(call: _Call, recipe: Recipe | None) -> Iterator[Data | None]:
         yield None
         return
     from qdqtool import model as models
-    from qdqtool.compare import find_metric
+    from qdqtool.comparison import find_metric
     from qdqtool.data import load_labels, open_data
     from qdqtool.errors import DataError
 
@@ -221,7 +221,7 @@ def _evaluation(call: _Call, recipe: Recipe | None) -> Iterator[Data | None]:
 def _compare(call: _Call, quantized: onnx.ModelProto, data: Data, **options: Any) -> Comparison:
     from qdqtool import model as models
     from qdqtool import runtime
-    from qdqtool.compare import compare as run
+    from qdqtool.comparison import compare as run
     from qdqtool.data import load_labels
 
     provider, _ = runtime.resolve_provider(call.provider)  # the figures are shown with their provider anyway

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     import onnx_graphsurgeon as gs
 
     from qdqtool.batching import Batching, Sample
-    from qdqtool.compare import Comparison
+    from qdqtool.comparison import Comparison
     from qdqtool.data import Data
     from qdqtool.model import Header
     from qdqtool.observe import Progress
@@ -86,6 +86,9 @@ class State:
     progress: Progress | None = None
     original: onnx.ModelProto | None = None
     """The model as it was given: the reference that the quantized one is verified against."""
+    float_sha256: str = ""
+    float_bytes: int = 0
+    """Hash and size of that model, taken before its nodes got names."""
     verified: Comparison | None = None
     kernels: Mapping[str, int] = field(default_factory=dict)
     """Operator -> count in the graph that the runtime makes of the quantized model."""

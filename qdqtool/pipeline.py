@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -121,14 +122,15 @@ def quantize(
     chosen = make_recipe(recipe, fields)
     state, facts = load(model, chosen, provider)
     state.progress = progress
-    with _open(data, state) as opened:
+    opening = contextlib.nullcontext(data) if isinstance(data, Data) else _open(data, state)
+    with opening as opened:
         state.data = opened
         manager = PassManager([*preparation(chosen), *quantization(chosen)], callback)
         timings = manager.run(state, facts | {Fact.DATA})
         return _result(state, timings, synthetic=opened.synthetic)
 
 
-def plan(
+def dry_run(
     model: ModelSource,
     *,
     recipe: Recipe | Mapping[str, object] | None = None,
@@ -156,8 +158,10 @@ def load(model: ModelSource, recipe: Recipe, provider: str) -> tuple[State, froz
     )  # a misspelt name must not cost a calibration
     original = models.load(model)
     resolved, note = runtime.resolve_provider("cpu" if provider == "auto" and chosen.name == "cpu" else provider)
+    digest, size = models.fingerprint(original), models.size(original)
     graph, header = models.to_graph(original)
     state = State(graph, header, recipe, chosen, original=original, provider=resolved)
+    state.float_sha256, state.float_bytes = digest, size
     state.user_nodes = frozenset(node.name for node in original.graph.node)
     state.user_tensors = frozenset(graph.tensors())
     if note is not None:
@@ -187,7 +191,7 @@ def _result(state: State, timings: tuple[Timing, ...], *, synthetic: bool) -> Re
     extra = {
         VERSION_KEY: qdqtool.__version__,
         RECIPE_KEY: state.recipe.to_json(),
-        FLOAT_KEY: models.fingerprint(state.original),
+        FLOAT_KEY: state.float_sha256,
     }
     if synthetic:
         extra[SYNTHETIC_KEY] = "ranges come from random data"

@@ -158,5 +158,6 @@ def test_every_public_name_is_there() -> None:
 
     for name in qdqtool.__all__:
         assert getattr(qdqtool, name) is not None
+        assert not (ROOT / "qdqtool" / f"{name}.py").exists(), f"importing the module {name} would hide the name"
     with pytest.raises(AttributeError, match="no attribute 'quantise'"):
         qdqtool.quantise  # noqa: B018 (the attribute access is what is tested)

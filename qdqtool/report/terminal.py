@@ -12,7 +12,7 @@ from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from qdqtool.compare import Comparison
+from qdqtool.comparison import Comparison
 from qdqtool.passes_api import Skip, State, Timing
 from qdqtool.placement import is_integer_kernel
 from qdqtool.plan import DerivedFrom, Entry, SharedWith

@@ -14,7 +14,7 @@ import onnx
 
 import qdqtool
 from qdqtool import model as models
-from qdqtool.compare import Comparison
+from qdqtool.comparison import Comparison
 from qdqtool.passes_api import Skip, State, Timing
 from qdqtool.placement import is_integer_kernel
 from qdqtool.plan import params_of
@@ -113,7 +113,7 @@ def make_report(state: State, proto: onnx.ModelProto, timings: tuple[Timing, ...
     return Report(
         versions={"qdqtool": qdqtool.__version__, **{n: _version(n) for n in ("onnx", "onnxruntime", "numpy")}},
         recipe=json.loads(state.recipe.to_json()),
-        float_sha256=models.fingerprint(state.original),
+        float_sha256=state.float_sha256,
         samples=state.statistics.samples if state.statistics is not None else 0,
         synthetic=synthetic,
         opset=models.opset(proto),
@@ -122,7 +122,7 @@ def make_report(state: State, proto: onnx.ModelProto, timings: tuple[Timing, ...
         weight_only=tuple(sorted(state.plan.weight_only)),
         skipped=tuple(dict.fromkeys(state.skipped)),
         notes=tuple(state.notes),
-        sizes=Sizes(models.size(state.original), models.size(proto), _parts(proto)),
+        sizes=Sizes(state.float_bytes, models.size(proto), _parts(proto)),
         verification=state.verified,
         kernels=state.kernels,
         timings=timings,

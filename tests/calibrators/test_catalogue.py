@@ -47,7 +47,7 @@ def test_range_is_pure_and_within_what_was_seen(name: str, x: Array, spec: Quant
     assert (chosen.lo, chosen.hi) == (again.lo, again.hi)
     # mse may widen a range by up to one and a half steps, to move values off the middle between two codes
     slack = 1.51 * (float(x.max()) - float(x.min())) / spec.steps if name in ("mse", "auto") else 0.0
-    assert x.min() - slack <= chosen.lo <= chosen.hi <= x.max() + slack
+    assert float(x.min()) - slack <= chosen.lo <= chosen.hi <= float(x.max()) + slack
     assert chosen.lo.shape == chosen.hi.shape == ()
     assert chosen.lo.dtype == np.float64
 

@@ -21,6 +21,7 @@ VALUES = conv_values(3) | {
     "head_bias": normal(10),
     "m": weight(16, 16),
     "m_bias": normal(16),
+    "wide": normal(4, 16),
     "zero": np.array(0, np.float32),
     "six": np.array(6, np.float32),
     "half": np.array([0.5], np.float32),
@@ -33,7 +34,7 @@ CHAIN = f"{conv('a', 'x')} [r] r = Relu(a) {conv('y', 'r', 1)}"
 def planned(body: str, x: str = IMAGES[0], y: str = IMAGES[1], *, opset: int = 17, **fields: Any) -> State:
     used = {name: value for name, value in VALUES.items() if f"{name})" in body or f"{name}," in body}
     fields = {"target": "cpu", "bias_correction": False, **fields}
-    state, _ = pipeline.plan(parse(body, x, y, used, opset=opset), **fields)
+    state, _ = pipeline.dry_run(parse(body, x, y, used, opset=opset), **fields)
     return state
 
 
@@ -294,7 +295,7 @@ def test_an_overridden_input_of_a_concat_does_not_share() -> None:
 def test_float16_stays_float() -> None:
     values: dict[str, Array] = {name: value.astype(np.float16) for name, value in conv_values(1).items()}
     proto = parse(conv("y", "x"), "float16[N, 8, 8, 8] x", "float16[N, 8, 8, 8] y", values)
-    state, _ = pipeline.plan(proto, target="cpu", bias_correction=False)
+    state, _ = pipeline.dry_run(proto, target="cpu", bias_correction=False)
     assert not plan(state).entries
     assert skips(state) == {"y": "'x' is float16, not float32"}
 
@@ -317,6 +318,26 @@ def test_reasons(body: str, y: str, node: str, reason: str) -> None:
     found = skips(planned(body, y=y))
     assert (node in found) == bool(reason)
     assert found.get(node, "").startswith(reason)
+
+
+@pytest.mark.parametrize(
+    ("body", "x", "reason"),
+    [
+        ("[fc] y = Gemm(x, m, wide)", "float[4, 16] x", "its bias is no constant vector, as integer kernels need it"),
+        ("[fc] y = Gemm(x, m, b)", "float[4, 16] x, float[16] b", "its bias is no constant vector"),
+        ("[fc] y = Gemm <beta = 2.0> (x, m, b)", "float[4, 16] x, float[16] b", "its bias is no constant vector"),
+        (
+            "[fc] y = Gemm <alpha = 2.0> (x, b, m_bias)",
+            "float[4, 16] x, float[16, 16] b",
+            "integer kernels know no alpha",
+        ),
+    ],
+)
+def test_a_bias_that_no_integer_kernel_takes(body: str, x: str, reason: str) -> None:
+    state = planned(body, x, "float[4, 16] y")
+    assert skips(state)["fc"].startswith(reason)
+    assert not plan(state).entries
+    assert plan(planned(body, x, "float[4, 16] y", target="tensorrt")).entries
 
 
 def test_an_integer_max_pool_needs_opset_12() -> None:

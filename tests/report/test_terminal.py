@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from rich.console import Console, RenderableType
 
-from qdqtool.compare import Comparison
+from qdqtool.comparison import Comparison
 from qdqtool.passes_api import Skip, Timing
 from qdqtool.report import progress, terminal
 from qdqtool.report.values import Report, Sizes

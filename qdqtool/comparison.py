@@ -15,9 +15,10 @@ import onnx
 from qdqtool import batching, observe, runtime
 from qdqtool import model as models
 from qdqtool.batching import Batch, Sample
-from qdqtool.data import Data
+from qdqtool.data import open_data
 from qdqtool.errors import DataError, RecipeError, nearest
 from qdqtool.fit import Feeds
+from qdqtool.model import ModelSource
 
 Array = npt.NDArray[Any]
 Metric = Callable[[Mapping[str, Array], Array], Any]
@@ -87,9 +88,9 @@ class Comparison:
 
 
 def compare(
-    reference: onnx.ModelProto,
-    quantized: onnx.ModelProto,
-    data: Data,
+    reference: ModelSource,
+    quantized: ModelSource,
+    data: object,
     *,
     labels: Array | None = None,
     metric: str | None = None,
@@ -100,9 +101,9 @@ def compare(
     """Run both models over the data.
 
     Args:
-        reference: the float model.
+        reference: the float model, path or ModelProto.
         quantized: its quantized form, same inputs and outputs.
-        data: evaluation data.
+        data: evaluation data, in any form that calibration data may have.
         labels: one label a sample, needed by ``metric``.
         metric: "top1", "top5" or "package.module:function"; see :func:`find_metric`.
         tensors: also compare the tensors in between, on the first samples.
@@ -113,6 +114,8 @@ def compare(
         DataError: no samples, or labels that do not fit.
         RecipeError: unknown metric.
     """
+    reference, quantized = models.load(reference), models.load(quantized)
+    data = open_data(data, models.inputs(reference))
     score = None if metric is None else find_metric(metric)
     if score is not None and labels is None:
         raise DataError(f"metric {metric!r} needs labels: an .npz with the inputs by name and the key 'labels'")

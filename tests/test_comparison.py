@@ -13,7 +13,7 @@ import pytest
 from onnx import numpy_helper
 
 from qdqtool import model as models
-from qdqtool.compare import Comparison, Sqnr, compare, find_metric
+from qdqtool.comparison import Comparison, Sqnr, compare, find_metric
 from qdqtool.data import open_data
 from qdqtool.errors import DataError, RecipeError
 from qdqtool.fit import Feeds
@@ -210,7 +210,7 @@ def test_metrics_that_do_not_exist(name: str, message: str) -> None:
 
 
 def test_labels_that_are_missing_or_too_few() -> None:
-    with pytest.raises(DataError, match="metric 'top1' needs labels: an .npz"):
+    with pytest.raises(DataError, match=r"metric 'top1' needs labels: an .npz"):
         compared(FLOAT, FLOAT, metric="top1")
     with pytest.raises(DataError, match="there are 39 labels for 40 samples; metric 'top1' needs one each"):
         compared(FLOAT, FLOAT, metric="top1", labels=np.zeros(39, np.int64))
