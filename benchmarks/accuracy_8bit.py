@@ -1,8 +1,9 @@
-"""Accuracy of w8a8 models with default settings on the model zoo, beside the best other tool's recorded figures, as a Markdown table.
+"""Accuracy of w8a8 models with default settings on real models beside the best other tool's, as a Markdown table.
 
-    python benchmarks/accuracy_8bit.py [--target cpu] [--zoo FOLDER] [case ...]
+    python -m benchmarks.accuracy_8bit [--target cpu] [--zoo FOLDER] [case ...]
 
-SQNR is that of the first output over all evaluation samples on the fused runtime; p is McNemar's exact test on paired right answers.
+SQNR is that of the first output over all evaluation samples on the fused runtime; p is McNemar's exact test on paired
+right answers.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ SEPARATE = {"tiny_darknet_imagenet", "kwt1_kws"}  # hard for every tool: reporte
 
 @dataclass(frozen=True)
 class Row:
-    """One case: float and quantized score, SQNR in dB, the best peer's, McNemar p, seconds, size ratio, integer kernels."""
+    """One case: float and quantized score, SQNR in dB, the best peer's, McNemar p, seconds, size ratio, kernels."""
 
     case: str
     float_score: float
@@ -101,7 +102,8 @@ def main() -> None:
         differences = [r.sqnr_db - r.peer_db for r in compared]
         worst = compared[int(np.argmin(differences))]
         print(
-            f"\nSQNR minus the best other tool's: mean {np.mean(differences):+.2f} dB, least {min(differences):+.2f} dB ({worst.case})"
+            f"\nSQNR minus the best other tool's: mean {np.mean(differences):+.2f} dB, "
+            f"least {min(differences):+.2f} dB ({worst.case})"
         )
     scored = [r.score - r.float_score for r in rows if not np.isnan(r.score)]
     if scored:

@@ -1,6 +1,7 @@
-"""Make another tool's w8a8 model of one zoo case; run it with a Python that has that tool: make_peer.py TOOL ZOO CASE OUTPUT.
+"""Make another tool's w8a8 model of one case, by a Python that has that tool: make_peer.py TOOL ZOO CASE OUTPUT.
 
-Tools: ort (onnxruntime's static quantizer, MinMax) and onnxsim (onnxsim.full_qdq), 100 calibration samples, per-channel weights.
+Tools: ort (onnxruntime's static quantizer, MinMax) and onnxsim (onnxsim.full_qdq), 100 calibration samples, per-channel
+weights.
 It prints the seconds taken. Nothing here imports qdqtool.
 """
 
@@ -33,8 +34,16 @@ def make_ort(model: str, feeds: list[Any], output: str) -> None:
     with tempfile.TemporaryDirectory() as folder:
         prepared = str(Path(folder) / "prepared.onnx")
         quant_pre_process(model, prepared, skip_symbolic_shape=True)
-        quantize_static(prepared, output, Reader(), quant_format=QuantFormat.QDQ, per_channel=True, activation_type=QuantType.QUInt8,
-                        weight_type=QuantType.QInt8, calibrate_method=CalibrationMethod.MinMax)  # fmt: skip
+        quantize_static(
+            prepared,
+            output,
+            Reader(),
+            quant_format=QuantFormat.QDQ,
+            per_channel=True,
+            activation_type=QuantType.QUInt8,
+            weight_type=QuantType.QInt8,
+            calibrate_method=CalibrationMethod.MinMax,
+        )
 
 
 def make_onnxsim(model: str, feeds: list[Any], output: str) -> None:

@@ -1,8 +1,9 @@
-"""Latency of w8a8 models on the CPU provider, float, ours and other tools' interleaved in one run, and the time quantizing takes.
+"""Latency of w8a8 models on the CPU provider, float, ours and other tools' interleaved, and the time quantizing takes.
 
-    python benchmarks/speed_8bit.py --peers VENV/bin/python [--zoo FOLDER] [--batch 1] [case ...]
+    python -m benchmarks.speed_8bit --peers VENV/bin/python [--zoo FOLDER] [--batch 1] [case ...]
 
-VENV holds onnxruntime, onnx, onnxsim, pillow and numpy. Ratios are of medians over all rounds; each round runs every model once.
+VENV holds onnxruntime, onnx, onnxsim, pillow and numpy. Ratios are of medians over all rounds; each round runs every
+model once.
 """
 
 from __future__ import annotations
@@ -71,7 +72,8 @@ def main() -> None:
     options = parser.parse_args()
     zoo = load_zoo(options.zoo)
     print(
-        "| case | float ms | ours | ort | onnxsim | ours / faster of both | Conv, Gemm, MatMul left float | quantize s | ort MinMax s | ratio |"
+        "| case | float ms | ours | ort | onnxsim | ours / faster of both | "
+        "Conv, Gemm, MatMul left float | quantize s | ort MinMax s | ratio |"
     )
     print("|---|---|---|---|---|---|---|---|---|---|")
     for name in options.cases or CASES:

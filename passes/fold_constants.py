@@ -23,6 +23,7 @@ from qdqtool.graph import Array
 from qdqtool.linear import LINEAR_OPS
 from qdqtool.passes_api import GRAPH_FACTS, Fact, State
 
+_SMALL: Final = 1024  # bytes; smaller results are not worth sharing
 _LARGE: Final = 64 * 1024  # bytes
 _GROWTH: Final = 4  # a large result more than this many times its inputs is cheaper to compute than to store
 _QUANTIZED: Final = frozenset({"QuantizeLinear", "DequantizeLinear", "DynamicQuantizeLinear"})
@@ -43,10 +44,11 @@ class FoldConstants:
         """Fold the graph and its control-flow bodies; returns how many nodes are gone."""
         outputs = graphs.output_ids(state.graph)
         changes = 0
+        pool: dict[tuple[str, tuple[int, ...], bytes], gs.Tensor] = {}  # results by content
         for _, graph in graphs.all_graphs(state.graph):
             changes += fold_dimensions(graph, outputs)
             refused: dict[int, str] = {}
-            while (folded := self._fold(graph, state, outputs, refused)) is None:
+            while (folded := self._fold(graph, state, outputs, refused, pool)) is None:
                 pass  # another round without the nodes just refused, which makes their inputs results
             changes += folded
             for node in graph.nodes:
@@ -55,7 +57,14 @@ class FoldConstants:
         graphs.sweep(state.graph)
         return changes
 
-    def _fold(self, graph: gs.Graph, state: State, outputs: set[int], refused: dict[int, str]) -> int | None:
+    def _fold(
+        self,
+        graph: gs.Graph,
+        state: State,
+        outputs: set[int],
+        refused: dict[int, str],
+        pool: dict[tuple[str, tuple[int, ...], bytes], gs.Tensor],
+    ) -> int | None:
         """Evaluate what can be and is not refused; None where this found further nodes to refuse."""
         nodes = _evaluable(graph, outputs, refused)
         made = {id(tensor) for node in nodes for tensor in node.outputs}
@@ -77,7 +86,11 @@ class FoldConstants:
         for node in nodes:
             graphs.unlink(node)
         for tensor, value in zip(results, values, strict=True):
-            tensor.to_constant(value)
+            equal = pool.setdefault((value.dtype.str, value.shape, value.tobytes()), tensor) if value.nbytes else tensor
+            if equal is tensor or value.nbytes < _SMALL:
+                tensor.to_constant(value)
+            else:  # the same weight transposed or reshaped in several places stays one constant
+                graphs.redirect(tensor, equal)
         return len(nodes)
 
 

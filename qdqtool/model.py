@@ -21,6 +21,7 @@ import onnx
 from google.protobuf.message import DecodeError
 
 from qdqtool.errors import ModelError
+from qdqtool.scopes import hoist_shared_constants
 
 if TYPE_CHECKING:
     import onnx_graphsurgeon as gs
@@ -217,6 +218,7 @@ def to_proto(graph: gs.Graph, header: Header, extra_metadata: Mapping[str, str] 
     graph.ir_version = min(max(header.ir_version, least), _MAX_IR)
     graph.import_domains = _domains(graph)
     proto: onnx.ModelProto = gs.export_onnx(graph, do_type_check=False)
+    hoist_shared_constants(proto.graph)
     proto.model_version, proto.domain, proto.doc_string = header.model_version, header.domain, header.doc_string
     onnx.helper.set_model_props(proto, {**header.metadata, **(extra_metadata or {})})
     _set_props(proto.graph.metadata_props, header.graph_metadata)

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import tempfile
 from collections import Counter
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import onnx
 
 from qdqtool import runtime
+from qdqtool.scopes import bodies
 
 _INTEGER_OPS = frozenset(
     {
@@ -30,18 +30,14 @@ def is_integer_kernel(op: str) -> bool:
     return op.startswith("QLinear") or op in _INTEGER_OPS
 
 
-def _nodes(graph: onnx.GraphProto) -> Iterator[onnx.NodeProto]:
-    for node in graph.node:
-        yield node
-        for attribute in node.attribute:
-            if attribute.type == onnx.AttributeProto.GRAPH:
-                yield from _nodes(attribute.g)
-
-
 def load_and_count(proto: onnx.ModelProto, *, provider: str = "cpu") -> tuple[dict[str, int], Any]:
     """Load a model with all optimizations; returns operator -> count in the graph that really runs, and the session."""
     with tempfile.TemporaryDirectory(prefix="qdqtool-") as folder:
         path = Path(folder) / "optimized.onnx"
         active = runtime.session(proto, provider=provider, optimized_path=path)
         optimized = onnx.load(path)
-    return dict(Counter(node.op_type for node in _nodes(optimized.graph)).most_common()), active
+    return dict(
+        Counter(
+            node.op_type for graph in (optimized.graph, *bodies(optimized.graph)) for node in graph.node
+        ).most_common()
+    ), active

@@ -20,7 +20,7 @@ def to_json(value: DataclassInstance) -> str:
 
 
 def plan_json(state: State, timings: tuple[Timing, ...]) -> str:
-    """What :func:`qdqtool.pipeline.plan` found: the entries, and what was left out and why."""
+    """What :func:`qdqtool.dry_run` found: the entries, and what was left out and why."""
     assert state.plan is not None
     plan = state.plan
     return _dumps(

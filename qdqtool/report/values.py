@@ -18,6 +18,7 @@ from qdqtool.comparison import Comparison
 from qdqtool.passes_api import Skip, State, Timing
 from qdqtool.placement import is_integer_kernel
 from qdqtool.plan import params_of
+from qdqtool.scopes import bodies
 from qdqtool.spec import QuantizedWeight
 
 
@@ -162,7 +163,7 @@ def _tensors(state: State) -> list[QuantizedTensor]:
 def _parts(proto: onnx.ModelProto) -> dict[str, int]:
     """Bytes of the file by what they hold; everything is accounted for."""
     parts: dict[str, int] = {}
-    for tensor in proto.graph.initializer:
+    for tensor in (t for graph in (proto.graph, *bodies(proto.graph)) for t in graph.initializer):
         kind = f"{onnx.TensorProto.DataType.Name(tensor.data_type).lower()} constants"
         parts[kind] = parts.get(kind, 0) + tensor.ByteSize()
     parts["metadata"] = sum(entry.ByteSize() for entry in proto.metadata_props)

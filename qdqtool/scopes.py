@@ -1,0 +1,46 @@
+"""Control-flow bodies of an ONNX graph: a walk over them, and one copy of what they share."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import onnx
+
+
+def bodies(graph: onnx.GraphProto) -> Iterator[onnx.GraphProto]:
+    """All control-flow bodies under a graph."""
+    for node in graph.node:
+        for attribute in node.attribute:
+            if attribute.type == onnx.AttributeProto.GRAPH:
+                yield attribute.g
+                yield from bodies(attribute.g)
+
+
+def hoist_shared_constants(graph: onnx.GraphProto) -> None:
+    """Keep one copy of a constant that several bodies read, in the top graph; the export gives every reader its own."""
+    inner = list(bodies(graph))
+    if not inner:
+        return
+    known = {tensor.name: tensor for tensor in graph.initializer}
+    made = {name for node in graph.node for name in node.output} | {value.name for value in graph.input}
+    seen: dict[str, onnx.TensorProto] = {}
+    shared: dict[str, onnx.TensorProto] = {}
+    for tensor in (tensor for body in inner for tensor in body.initializer):
+        other = known.get(tensor.name) or seen.setdefault(tensor.name, tensor)
+        if other is not tensor and other == tensor and tensor.name not in made - known.keys():
+            shared[tensor.name] = other
+    differing = {t.name for body in inner for t in body.initializer if t.name in shared and t != shared[t.name]}
+    for name in shared.keys() - differing - known.keys():
+        graph.initializer.append(shared[name])
+    for body in inner:
+        own = [t for t in body.initializer if t.name not in shared or t.name in differing]
+        if len(own) < len(body.initializer):
+            kept = [_copied(tensor) for tensor in own]  # the messages die with the field
+            del body.initializer[:]
+            body.initializer.extend(kept)
+
+
+def _copied(tensor: onnx.TensorProto) -> onnx.TensorProto:
+    copied = onnx.TensorProto()
+    copied.CopyFrom(tensor)
+    return copied
