@@ -22,16 +22,17 @@ def hoist_shared_constants(graph: onnx.GraphProto) -> None:
     if not inner:
         return
     known = {tensor.name: tensor for tensor in graph.initializer}
-    made = {name for node in graph.node for name in node.output} | {value.name for value in graph.input}
+    everywhere = (graph, *inner)
+    made = {name for g in everywhere for node in g.node for name in node.output}
+    made |= {value.name for g in everywhere for value in g.input} - known.keys()
     seen: dict[str, onnx.TensorProto] = {}
     shared: dict[str, onnx.TensorProto] = {}
     for tensor in (tensor for body in inner for tensor in body.initializer):
         other = known.get(tensor.name) or seen.setdefault(tensor.name, tensor)
-        if other is not tensor and other == tensor and tensor.name not in made - known.keys():
+        if other is not tensor and other == tensor and tensor.name not in made:
             shared[tensor.name] = other
     differing = {t.name for body in inner for t in body.initializer if t.name in shared and t != shared[t.name]}
-    for name in shared.keys() - differing - known.keys():
-        graph.initializer.append(shared[name])
+    graph.initializer.extend(shared[name] for name in shared if name not in differing and name not in known)
     for body in inner:
         own = [t for t in body.initializer if t.name not in shared or t.name in differing]
         if len(own) < len(body.initializer):
