@@ -50,4 +50,4 @@ clean:
 
 .venv/bin/python:
 	@test -n "$(PYTHON)" || { echo "qdqtool needs Python 3.11 or newer; name one with: make PYTHON=/path/to/python" >&2; exit 1; }
-	$(PYTHON) -m venv .venv
+	$(PYTHON) -m venv .venv || { rm -rf .venv; exit 1; }

@@ -27,6 +27,9 @@ class InferShapes:
 
     def run(self, state: State) -> int:
         """Infer and write back; returns how many tensors are known better than before."""
+        if state.shapes_current:
+            return 0
+        state.shapes_current = True
         proto = model.to_proto(state.graph, state.header)
         light = model.without_large_constants(proto)
         inferred = _infer(light, state)

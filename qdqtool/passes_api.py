@@ -92,6 +92,8 @@ class State:
     verified: Comparison | None = None
     kernels: Mapping[str, int] = field(default_factory=dict)
     """Operator -> count in the graph that the runtime makes of the quantized model."""
+    shapes_current: bool = False
+    """Whether nothing has changed since shapes were inferred, so that inferring again would find nothing new."""
     skipped: list[Skip] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     user_nodes: frozenset[str] = frozenset()
@@ -179,6 +181,7 @@ class PassManager:
             try:
                 changes = step.run(state)
                 timing = Timing(step.name, changes, time.perf_counter() - start)
+                state.shapes_current &= changes == 0 or Fact.SHAPES in step.gives
                 if self.callback is not None:
                     self.callback(step, state, timing)
             except QdqError:

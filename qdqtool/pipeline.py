@@ -85,7 +85,7 @@ def preparation(recipe: Recipe) -> list[Pass]:
         InferShapes(),
         PointwiseToGemm(),
     ]
-    return [*passes, *([AddBias()] if recipe.bias_correction else []), InferShapes()]
+    return [*passes, *([AddBias()] if recipe.bias_correction else [])]
 
 
 def quantization(recipe: Recipe) -> list[Pass]:

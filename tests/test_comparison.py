@@ -127,9 +127,9 @@ def test_progress_counts_samples() -> None:
 # Batches
 
 
-@pytest.mark.parametrize("count", [8, 10, 3])
+@pytest.mark.parametrize("count", [12, 10, 3])
 def test_a_fixed_batch_is_compared_sample_by_sample(count: int) -> None:
-    io = "(float[4, 4] x) => (float[4, 3, 1] y, float m)"
+    io = "(float[6, 4] x) => (float[6, 3, 1] y, float m)"
     body = "h = MatMul(x, w) y = Unsqueeze(h, axes) m = ReduceMax <keepdims = 0> (w)"
     fixed, other = (build(body, io, w=k * W) for k in (1, 1.01))
     for proto in (fixed, other):

@@ -248,6 +248,20 @@ def test_saving_is_whole_or_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert [p.name for p in tmp_path.iterdir()] == ["model.onnx"]
 
 
+def test_the_last_step_of_saving_is_one_rename(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = model.save(layer(), tmp_path / "model.onnx")
+    before = path.read_bytes()
+
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("os.replace", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        model.save(parse("y = MatMul(x, v)", v=2 * W), path)
+    assert path.read_bytes() == before
+    assert [p.name for p in tmp_path.iterdir()] == ["model.onnx"]
+
+
 def test_saving_does_not_change_the_model(tmp_path: Path) -> None:
     proto = layer()
     proto.graph.initializer.append(numpy_helper.from_array(np.zeros(2000, np.float32), "unused"))
