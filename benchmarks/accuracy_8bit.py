@@ -1,6 +1,6 @@
 """Accuracy of w8a8 models with default settings on real models beside the best other tool's, as a Markdown table.
 
-    python -m benchmarks.accuracy_8bit [--target cpu] [--zoo FOLDER] [case ...]
+    python -m benchmarks.accuracy_8bit [--target cpu] [--calibrator mse] [--no-bias-correction] [--zoo FOLDER] [case ...]
 
 SQNR is that of the first output over all evaluation samples on the fused runtime; p is McNemar's exact test on paired
 right answers.
@@ -57,10 +57,10 @@ def best_peers(zoo: Path) -> dict[str, tuple[float, str]]:
     return best
 
 
-def measure(zoo: Any, name: str, target: str, peers: dict[str, tuple[float, str]]) -> Row:
+def measure(zoo: Any, name: str, fields: dict[str, Any], peers: dict[str, tuple[float, str]]) -> Row:
     case = zoo.load(name)
     start = time.perf_counter()
-    result = qdqtool.quantize(str(case.model), zoo.feeds(case, 100), target=target, provider="cpu")
+    result = qdqtool.quantize(str(case.model), zoo.feeds(case, 100), **fields, provider="cpu")
     seconds = time.perf_counter() - start
     before, after = zoo.run(case.model, case), zoo.run(result.model.SerializeToString(), case)
     p = None
@@ -88,14 +88,21 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--zoo", default=DEFAULT, type=Path)
     parser.add_argument("--target", default="cpu")
+    parser.add_argument("--calibrator", default="mse")
+    parser.add_argument("--no-bias-correction", action="store_true")
     parser.add_argument("cases", nargs="*")
     options = parser.parse_args()
     zoo, peers = load_zoo(options.zoo), best_peers(options.zoo)
+    fields = {
+        "target": options.target,
+        "calibrator": options.calibrator,
+        "bias_correction": not options.no_bias_correction,
+    }
     print("| case | float | w8a8 | change | McNemar p | SQNR dB | best other tool, dB | size | integer kernels | s |")
     print("|---|---|---|---|---|---|---|---|---|---|")
     rows = []
     for name in options.cases or zoo.names():
-        rows.append(measure(zoo, name, options.target, peers))
+        rows.append(measure(zoo, name, fields, peers))
         print(show(rows[-1]), flush=True)
     compared = [r for r in rows if not np.isnan(r.peer_db) and r.case not in SEPARATE]
     if compared:
