@@ -1,4 +1,4 @@
-"""Time of preparing, planning and inserting Q/DQ into chains of Conv and Relu, by depth; the runtime's own loading apart.
+"""Time of preparing, planning and inserting Q/DQ into chains of Conv and Relu, by depth; the runtime's loading apart.
 
 python -m benchmarks.depth [layers ...]
 """
@@ -29,7 +29,7 @@ def chain(layers: int, channels: int = 8) -> onnx.ModelProto:
         weights.append(numpy_helper.from_array(kernel, f"w{i}"))
         nodes.append(helper.make_node("Conv", [f"x{i}", f"w{i}"], [f"c{i}"], f"conv{i}", pads=[1, 1, 1, 1]))
         nodes.append(helper.make_node("Relu", [f"c{i}"], [f"x{i + 1}"], f"relu{i}"))
-    shape = ["N", channels, 8, 8]
+    shape: list[str | int | None] = ["N", channels, 8, 8]
     ends = [helper.make_tensor_value_info(name, TensorProto.FLOAT, shape) for name in ("x0", f"x{layers}")]
     graph = helper.make_graph(nodes, "chain", ends[:1], ends[1:], weights)
     return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)

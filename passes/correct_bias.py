@@ -17,12 +17,12 @@ position, so nothing averages it out. Each d_c is therefore shrunk by what the s
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Final
 
 import numpy as np
-import onnx_graphsurgeon as gs
+import onnx
 
 from qdqtool import graph as graphs
 from qdqtool import model as models
@@ -36,6 +36,8 @@ from qdqtool.plan import Use
 from qdqtool.spec import FloatArray
 
 _PREFIX: Final = "qdqtool.bias_correction."
+_ROWS: Final = f"{_PREFIX}rows"  # input: number of samples, int64 (1,)
+_DEGREES: Final = f"{_PREFIX}degrees"  # input: degrees of freedom of a mean, float32 (1,)
 _TINY: Final = 1e-30
 
 
@@ -55,8 +57,9 @@ class CorrectBias:
         layers = self._layers(state)
         if not layers or not state.held:
             return 0
-        quantized = _correcting(insert(state.graph, state.plan, state.params), layers)
-        differences = _run(state, _measuring(graphs.copy(state.graph), layers), quantized, list(layers))
+        quantized = models.to_proto(insert(state.graph, state.plan, state.params), state.header)
+        plain = models.to_proto(state.graph, state.header)
+        differences = _run(state, _measuring(plain, layers), _correcting(quantized, layers), list(layers))
         if not differences:
             state.notes.append("biases were not corrected: every sample held NaN or infinite values")
             return 0
@@ -105,106 +108,116 @@ def shrunk(differences: FloatArray) -> FloatArray:
     return shift
 
 
-class _Builder:
-    """Appends nodes that compute small float tensors to a graph."""
+class _Nodes:
+    """Nodes that compute small float tensors beside a layer, appended to a model behind the layer's own node."""
 
-    def __init__(self, graph: gs.Graph, layer: str) -> None:
-        self.graph, self.stem, self.count = graph, f"{_PREFIX}{layer}", 0
+    def __init__(self, proto: onnx.ModelProto, layer: str) -> None:
+        self.graph, self.opset, self.stem = proto.graph, models.opset(proto), f"{_PREFIX}{layer}"
+        self.nodes: list[onnx.NodeProto] = []
 
-    def op(self, op: str, *inputs: gs.Tensor, **attrs: object) -> gs.Variable:
-        self.count += 1
-        name = f"{self.stem}.{self.count}"
-        result = gs.Variable(name)
-        self.graph.nodes.append(gs.Node(op, name, attrs, list(inputs), [result]))
-        return result
+    def op(self, op: str, *inputs: str, name: str | None = None, **attrs: Any) -> str:
+        name = name or f"{self.stem}.{len(self.nodes)}"
+        self.nodes.append(onnx.helper.make_node(op, inputs, [name], f"{self.stem}.{len(self.nodes)}", **attrs))
+        return name
 
-    def constant(self, values: object, dtype: type = np.float32) -> gs.Constant:
-        self.count += 1
-        return gs.Constant(f"{self.stem}.{self.count}", np.array(values, dtype))
+    def constant(self, values: object, dtype: type) -> str:
+        name = f"{self.stem}.constant{len(self.graph.initializer)}"
+        self.graph.initializer.append(onnx.numpy_helper.from_array(np.array(values, dtype), name))
+        return name
 
-    def mean(self, tensor: gs.Tensor, axis: int) -> gs.Variable:
-        if self.graph.opset >= 18:
+    def mean(self, tensor: str, axis: int) -> str:
+        if self.opset >= 18:
             return self.op("ReduceMean", tensor, self.constant([axis], np.int64), keepdims=0)
         return self.op("ReduceMean", tensor, axes=[axis], keepdims=0)
 
-    def sample_means(self, tensor: gs.Tensor, place: BiasPlace, rows: gs.Tensor) -> gs.Variable:
-        """Mean over all but samples and channels, shape (samples, channels); ``rows``: how many samples, int64 (1,)."""
+    def sample_means(self, tensor: str, place: BiasPlace) -> str:
+        """Mean over all but samples and channels, shape (samples, channels)."""
         channels, rest = self.constant([place.channels], np.int64), self.constant([-1], np.int64)
-        order = [rows, rest, channels] if place.axis == -1 else [rows, channels, rest]
+        order = [_ROWS, rest, channels] if place.axis == -1 else [_ROWS, channels, rest]
         shape = self.op("Concat", *order, axis=0)
         return self.mean(self.op("Reshape", tensor, shape), 1 if place.axis == -1 else 2)
 
-
-def _rows_input() -> gs.Variable:
-    return gs.Variable(f"{_PREFIX}rows", dtype=np.int64, shape=[1])
-
-
-def _measuring(graph: gs.Graph, layers: Mapping[str, BiasPlace]) -> gs.Graph:
-    """The float graph with the mean of every layer's output, (samples, channels), as its only outputs."""
-    nodes = {node.name: node for node in graph.nodes}
-    rows = _rows_input()
-    graph.inputs.append(rows)
-    graph.outputs = [
-        _Builder(graph, name).sample_means(nodes[place.node].outputs[0], place, rows) for name, place in layers.items()
-    ]
-    _as_float_outputs(graph)
-    return graph
+    def shrunk(self, differences: str) -> str:
+        """:func:`shrunk` as nodes."""
+        mean = self.mean(differences, 0)
+        centred = self.op("Sub", differences, mean)
+        error = self.op("Div", self.mean(self.op("Mul", centred, centred), 0), _DEGREES)
+        squares = self.mean(self.op("Mul", mean, mean), 0)
+        between = self.op("Relu", self.op("Sub", squares, self.mean(error, 0)))
+        whole = self.op("Max", self.op("Add", between, error), self.constant(_TINY, np.float32))
+        return self.op("Mul", mean, self.op("Div", between, whole))
 
 
-def _correcting(graph: gs.Graph, layers: Mapping[str, BiasPlace]) -> gs.Graph:
-    """The quantized graph that corrects every layer as it runs.
+def _measuring(proto: onnx.ModelProto, layers: Mapping[str, BiasPlace]) -> onnx.ModelProto:
+    """The float model with the mean of every layer's output, (samples, channels), as its only outputs."""
+    found: list[str] = []
 
-    It takes the float means as inputs and gives, as its only outputs, the differences (samples, channels) that it
-    found.
+    def measure(name: str, place: BiasPlace, node: onnx.NodeProto) -> list[onnx.NodeProto]:
+        build = _Nodes(proto, name)
+        found.append(build.sample_means(node.output[0], place))
+        return build.nodes
+
+    return _extended(proto, layers, measure, found)
+
+
+def _correcting(proto: onnx.ModelProto, layers: Mapping[str, BiasPlace]) -> onnx.ModelProto:
+    """The quantized model that corrects every layer as it runs.
+
+    It takes the float means as inputs and gives, as its only outputs, the differences (samples, channels) that it found.
     """
-    nodes = {node.name: node for node in graph.nodes}
-    rows = _rows_input()
-    graph.inputs.append(rows)
-    found = []
-    for name, place in layers.items():
-        build, output = _Builder(graph, name), nodes[place.node].outputs[0]
-        readers = graphs.uses(output)
-        wanted = gs.Variable(f"{_PREFIX}{name}.wanted", dtype=np.float32, shape=[None, place.channels])
-        graph.inputs.append(wanted)
-        difference = build.op("Sub", wanted, build.sample_means(output, place, rows))
-        shift = _shrinking(build, difference, rows)
+    found: list[str] = []
+
+    def correct(name: str, place: BiasPlace, node: onnx.NodeProto) -> list[onnx.NodeProto]:
+        build, result = _Nodes(proto, name), node.output[0]
+        node.output[0] = f"{build.stem}.raw"  # whoever read the layer's output now reads the corrected one
+        wanted = f"{build.stem}.wanted"
+        shape = [None, place.channels]
+        proto.graph.input.append(onnx.helper.make_tensor_value_info(wanted, onnx.TensorProto.FLOAT, shape))
+        found.append(build.op("Sub", wanted, build.sample_means(node.output[0], place)))
+        shift = build.shrunk(found[-1])
         if place.axis == 1 and place.rank is not None and place.rank > 2:
-            shape = build.constant([place.channels] + [1] * (place.rank - 2), np.int64)
-            shift = build.op("Reshape", shift, shape)
-        corrected = build.op("Add", output, shift)
-        for node, index in readers:
-            graphs.set_input(node, index, corrected)
-        found.append(difference)
-    graph.outputs = found
-    _as_float_outputs(graph)
-    return graph
+            wide = build.constant([place.channels] + [1] * (place.rank - 2), np.int64)
+            shift = build.op("Reshape", shift, wide)
+        build.op("Add", node.output[0], shift, name=result)
+        return build.nodes
+
+    return _extended(proto, layers, correct, found)
 
 
-def _as_float_outputs(graph: gs.Graph) -> None:
-    for tensor in graph.outputs:
-        tensor.dtype = np.dtype(np.float32)
-    graphs.sweep(graph)
+def _extended(
+    proto: onnx.ModelProto,
+    layers: Mapping[str, BiasPlace],
+    extend: Callable[[str, BiasPlace, onnx.NodeProto], list[onnx.NodeProto]],
+    outputs: list[str],
+) -> onnx.ModelProto:
+    """The model with more nodes behind every layer; ``outputs``, which ``extend`` fills, become its only outputs."""
+    graph = proto.graph
+    graph.input.append(onnx.helper.make_tensor_value_info(_ROWS, onnx.TensorProto.INT64, [1]))
+    graph.input.append(onnx.helper.make_tensor_value_info(_DEGREES, onnx.TensorProto.FLOAT, [1]))
+    ends = {place.node: (name, place) for name, place in layers.items()}
+    nodes: list[onnx.NodeProto] = []
+    order = []
+    for node in graph.node:
+        nodes.append(node)
+        if node.name in ends:
+            order.append(ends[node.name][0])
+            nodes += extend(*ends[node.name], node)
+    copied = onnx.GraphProto(node=nodes)
+    del graph.node[:]
+    graph.node.extend(copied.node)
+    by_layer = dict(zip(order, outputs, strict=True))
+    del graph.output[:]
+    for name in layers:
+        graph.output.append(onnx.helper.make_tensor_value_info(by_layer[name], onnx.TensorProto.FLOAT, None))
+    return proto
 
 
-def _shrinking(build: _Builder, differences: gs.Variable, rows: gs.Variable) -> gs.Variable:
-    """:func:`shrunk` as nodes."""
-    mean = build.mean(differences, 0)
-    centred = build.op("Sub", differences, mean)
-    count = build.op("Cast", rows, to=1)
-    degrees = build.op("Max", build.op("Sub", count, build.constant([1.0])), build.constant([1.0]))
-    error = build.op("Div", build.mean(build.op("Mul", centred, centred), 0), degrees)
-    squares = build.mean(build.op("Mul", mean, mean), 0)
-    between = build.op("Relu", build.op("Sub", squares, build.mean(error, 0)))
-    whole = build.op("Add", build.op("Add", between, error), build.constant(_TINY))
-    return build.op("Mul", mean, build.op("Div", between, whole))
-
-
-def _run(state: State, plain: gs.Graph, quantized: gs.Graph, layers: list[str]) -> dict[str, FloatArray]:
+def _run(state: State, plain: onnx.ModelProto, quantized: onnx.ModelProto, layers: list[str]) -> dict[str, FloatArray]:
     """Float minus quantized means of the finite held samples by layer, float64 (samples, channels); {} without any."""
     assert state.batching is not None
     config = {"session.disable_quant_qdq": "1"}  # weights become floats at load, activations keep their Q/DQ
-    measure = runtime.session(models.to_proto(plain, state.header), provider=state.provider)
-    correct = runtime.session(models.to_proto(quantized, state.header), provider=state.provider, config=config)
+    measure = runtime.session(plain, provider=state.provider)
+    correct = runtime.session(quantized, provider=state.provider, config=config)
     measured = _means(measure, state.batching, state.held)
     usable = [sample for batch, means in measured for sample in _finite(batch, means)]
     if len(usable) < len(state.held):  # NaN and Inf of one sample would spoil the shifts of all
@@ -218,7 +231,8 @@ def _run(state: State, plain: gs.Graph, quantized: gs.Graph, layers: list[str]) 
 
 
 def _fed(batch: Batch) -> Feeds:
-    return {**batch.feeds, f"{_PREFIX}rows": np.array([batch.rows], np.int64)}
+    degrees = np.array([max(batch.rows - 1, 1)], np.float32)
+    return {**batch.feeds, _ROWS: np.array([batch.rows], np.int64), _DEGREES: degrees}
 
 
 def _means(measure: Any, batching: Batching, samples: Sequence[Sample]) -> list[tuple[Batch, list[graphs.Array]]]:

@@ -8,6 +8,7 @@ size or partition. A bin is at most 0.1 % of its value wide. Moments are read of
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -24,6 +25,7 @@ _SHIFT: Final = 23 - MANTISSA_BITS
 _PAGE: Final = 1 << MANTISSA_BITS  # bins of one power of two
 _LEAST: Final = np.array(1 << _SHIFT, np.uint32).view(np.float32)[()]  # least magnitude with a bin of its own
 _WINDOW: Final = 10  # pages counted at once, so that the table stays in the cache; the few smaller values come after
+_FEW: Final = 1 << 14  # values that are sorted rather than tabled
 _CHUNK: Final = 1 << 15  # elements; a chunk's temporaries stay in the second-level cache
 
 RECORD: Final = np.dtype([("sample", "S16"), ("position", np.int64), ("lo", np.float32), ("hi", np.float32)])
@@ -121,17 +123,31 @@ class Histogram:
         table[::width] = 0
         self._store(table[:width], floor, 1)
         self._store(table[width:], floor, -1)
-        if small.size:
+        if small.size > _FEW:
             self.add(small, float(np.abs(small).max()), bool(small.min() < 0))
+        elif small.size:
+            self._add_few(small)
+
+    def _add_few(self, values: npt.NDArray[np.float32]) -> None:
+        """Count values that are too few for a table of their own."""
+        bits = values.view(np.int32)
+        keys = (bits & 0x7FFFFFFF) >> _SHIFT
+        pages = (keys >> MANTISSA_BITS) + 1
+        keys = (np.where(bits < 0, -pages, pages) << MANTISSA_BITS) | (keys & (_PAGE - 1))
+        found, counts = np.unique(keys, return_counts=True)
+        starts = [0, *(np.flatnonzero(np.diff(found >> MANTISSA_BITS)) + 1), found.size]
+        for start, end in itertools.pairwise(starts):
+            page = self.pages.setdefault(int(found[start]) >> MANTISSA_BITS, np.zeros(_PAGE, np.int64))
+            page[found[start:end] & (_PAGE - 1)] += counts[start:end]
 
     def _page(self, exponent: int, sign: int) -> IntArray:
         return self.pages.setdefault(sign * (exponent + 1), np.zeros(_PAGE, np.int64))
 
     def _store(self, table: IntArray, floor: int, sign: int) -> None:
-        for index, page in enumerate(table.reshape(-1, _PAGE)):
-            if page.any():
-                counts = self._page((floor >> MANTISSA_BITS) + index, sign)
-                counts += page
+        pages = table.reshape(-1, _PAGE)
+        for index in np.flatnonzero(pages.any(axis=1)):
+            counts = self._page((floor >> MANTISSA_BITS) + int(index), sign)
+            counts += pages[index]
 
     def __or__(self, other: Histogram) -> Histogram:
         merged = Histogram()
