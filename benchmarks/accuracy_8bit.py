@@ -1,6 +1,6 @@
 """Accuracy of w8a8 models with default settings on real models beside the best other tool's, as a Markdown table.
 
-    python -m benchmarks.accuracy_8bit [--target cpu] [--calibrator mse] [--no-bias-correction] [--zoo FOLDER] [case ...]
+    python -m benchmarks.accuracy_8bit [--target cpu] [--calibrator mse] [--no-bias-correction] [--zoo DIR] [case ...]
 
 SQNR is that of the first output over all evaluation samples on the fused runtime; p is McNemar's exact test on paired
 right answers.

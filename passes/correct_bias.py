@@ -18,6 +18,7 @@ position, so nothing averages it out. Each d_c is therefore shrunk by what the s
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, ClassVar, Final
 
@@ -190,7 +191,7 @@ def _extended(
     extend: Callable[[str, BiasPlace, onnx.NodeProto], list[onnx.NodeProto]],
     outputs: list[str],
 ) -> onnx.ModelProto:
-    """The model with more nodes behind every layer; ``outputs``, which ``extend`` fills, become its only outputs."""
+    """The model with more nodes behind every layer, and ``outputs``, which ``extend`` fills, as its only outputs."""
     graph = proto.graph
     graph.input.append(onnx.helper.make_tensor_value_info(_ROWS, onnx.TensorProto.INT64, [1]))
     graph.input.append(onnx.helper.make_tensor_value_info(_DEGREES, onnx.TensorProto.FLOAT, [1]))
@@ -216,9 +217,11 @@ def _run(state: State, plain: onnx.ModelProto, quantized: onnx.ModelProto, layer
     """Float minus quantized means of the finite held samples by layer, float64 (samples, channels); {} without any."""
     assert state.batching is not None
     config = {"session.disable_quant_qdq": "1"}  # weights become floats at load, activations keep their Q/DQ
-    measure = runtime.session(plain, provider=state.provider)
-    correct = runtime.session(quantized, provider=state.provider, config=config)
-    measured = _means(measure, state.batching, state.held)
+    with ThreadPoolExecutor(1) as pool:  # loading the one and running the other each leave a core idle
+        loading = pool.submit(runtime.session, quantized, provider=state.provider, config=config)
+        measure = runtime.session(plain, provider=state.provider)
+        measured = _means(measure, state.batching, state.held)
+        correct = loading.result()
     usable = [sample for batch, means in measured for sample in _finite(batch, means)]
     if len(usable) < len(state.held):  # NaN and Inf of one sample would spoil the shifts of all
         measured = _means(measure, state.batching, usable)

@@ -65,7 +65,8 @@ def observe(
     """
     feeds = {info.name for info in models.inputs(proto)}
     wanted = [name for name in tensors if name not in feeds]
-    active = runtime.session(with_outputs(proto, wanted), provider=provider)
+    threads = max(1, (os.cpu_count() or 1) - _observers())
+    active = runtime.session(with_outputs(proto, wanted), provider=provider, threads=threads)
     names = [output.name for output in active.get_outputs()]
 
     def run(fed: Feeds) -> dict[str, object]:
