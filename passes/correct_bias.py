@@ -164,7 +164,7 @@ def _measuring(proto: onnx.ModelProto, layers: Mapping[str, BiasPlace]) -> onnx.
 def _correcting(proto: onnx.ModelProto, layers: Mapping[str, BiasPlace]) -> onnx.ModelProto:
     """The quantized model that corrects every layer as it runs.
 
-    It takes the float means as inputs and gives, as its only outputs, the differences (samples, channels) that it found.
+    It takes the float means as inputs and gives, as its only outputs, the differences (samples, channels) it found.
     """
     found: list[str] = []
 

@@ -173,13 +173,17 @@ class Histogram:
 
     def _side(self, numbers: list[int]) -> tuple[FloatArray, FloatArray, IntArray]:
         """Edges and counts of the occupied bins of pages of one sign, in ascending order of value."""
-        used = [np.flatnonzero(self.pages[n]) for n in numbers]
-        if not used:
+        if not numbers:
             return np.zeros(0), np.zeros(0), np.zeros(0, np.int64)
-        if numbers[0] < 0:
-            used = [u[::-1] for u in used]
-        keys = np.concatenate([((abs(n) - 1) << MANTISSA_BITS) + u for n, u in zip(numbers, used, strict=True)])
-        counts = np.concatenate([self.pages[n][u] for n, u in zip(numbers, used, strict=True)])
+        table = np.concatenate([self.pages[n] for n in numbers])
+        firsts = (np.abs(numbers) - 1) << MANTISSA_BITS
+        if numbers[0] < 0:  # within a page of negative values the greatest magnitude comes last
+            table = table.reshape(-1, _PAGE)[:, ::-1].ravel()
+            inside = np.arange(_PAGE)[::-1]
+        else:
+            inside = np.arange(_PAGE)
+        used = np.flatnonzero(table)
+        keys, counts = (firsts[:, None] + inside).ravel()[used], table[used]
         near, far = _value_of(keys), _value_of(keys + 1)
         return (near, far, counts) if numbers[0] > 0 else (-far, -near, counts)
 
