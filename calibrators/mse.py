@@ -25,6 +25,7 @@ from qdqtool.statistics import TensorStatistics
 _RATIO = 0.85  # of neighbours on the coarse grid
 _GRID: FloatArray = _RATIO ** np.arange(44.0)  # down to 1/1000 of an observed end
 _BUDGET = 4000  # codes looked up in one round of exact scoring
+_DISCRETE = 4  # occupied bins for each code up to which values may lie on a grid of their own
 _FINE = 4095  # steps above which the model alone is exact enough
 
 
@@ -84,7 +85,8 @@ class _Search:
         Values on a grid of their own (pixels scaled to [-1, 1]) can all lie half-way between two codes; then a slightly
         wider range has a third of the error.
         """
-        if self.side is not Side.BOTH or self.spec.steps > _FINE:
+        discrete = self.stats.bins.count.size <= _DISCRETE * (self.spec.steps + 1)
+        if self.side is not Side.BOTH or self.spec.steps > _FINE or not discrete:
             return np.empty(0), np.empty(0)
         step = (self.stats.hi - self.stats.lo) / self.spec.steps
         more = np.arange(4) * step / 2
