@@ -21,8 +21,9 @@ import numpy as np
 
 from qdqtool.calibrator_api import Stat
 from qdqtool.distribution import Side, is_zero, partial_counts, within
+from qdqtool.histogram import Bins
 from qdqtool.spec import FloatArray, QuantSpec, Range
-from qdqtool.statistics import Bins, TensorStatistics
+from qdqtool.statistics import TensorStatistics
 
 _UNIFORM = 4096  # bins of equal width that the log histogram is cut into, its mass spread in proportion
 _SLICE = 512  # bins of a slice, about

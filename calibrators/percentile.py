@@ -12,8 +12,9 @@ from typing import ClassVar
 from qdqtool.calibrator_api import Stat
 from qdqtool.distribution import Side, is_zero, magnitudes, mirrored, nonzero, quantile, within
 from qdqtool.errors import RecipeError
+from qdqtool.histogram import Bins
 from qdqtool.spec import QuantSpec, Range
-from qdqtool.statistics import Bins, TensorStatistics
+from qdqtool.statistics import TensorStatistics
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from qdqtool.distribution import partial_moments
 from qdqtool.spec import FloatArray, IntArray, QuantParams, QuantSpec, Range, Scheme
 
 if TYPE_CHECKING:
-    from qdqtool.statistics import Bins
+    from qdqtool.histogram import Bins
 
 _TINY = float(np.finfo(np.float32).tiny)
 _FEW_STEPS = 4095  # up to here summing by code is cheaper than by bin

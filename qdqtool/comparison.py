@@ -15,7 +15,7 @@ import onnx
 from qdqtool import batching, observe, runtime
 from qdqtool import model as models
 from qdqtool.batching import Batch, Sample
-from qdqtool.data import open_data
+from qdqtool.data import Data, open_data
 from qdqtool.errors import DataError, RecipeError, nearest
 from qdqtool.fit import Feeds
 from qdqtool.model import ModelSource
@@ -131,41 +131,61 @@ def compare(
         return dict(zip(names, runtime.run(sessions[0], names, feeds), strict=True))
 
     plan = batching.plan_batching(models.inputs(reference), data, run)
-    fused, emulated = ({name: Sqnr() for name in names} for _ in range(2))
-    kept: tuple[list[list[Array]], list[list[Array]]] = ([], [])
-    done: list[Sample] = []
-    for batch in plan.batches(plan.samples(data)):
-        want, got, emu = ([batch.real(v) for v in runtime.run(s, names, batch.feeds)] for s in sessions)
-        for name, x, y, z in zip(names, want, got, emu, strict=True):
-            fused[name].add(x, y)
-            emulated[name].add(x, z)
-        kept[0].append(want)
-        kept[1].append(got)
-        done += [s if len(done) + i < VERIFIED else replace(s, feeds={}) for i, s in enumerate(batch.samples)]
-        if progress is not None:
-            progress("compare", len(done), data.count)
-    if not done:
+    seen = _run_all(sessions, names, plan, data, progress)
+    if not seen.samples:
         raise DataError(f"{data.description} holds no samples")
-    order = np.argsort(
-        [sample.position for sample in done]
-    )  # samples of one shape ran together, labels come as data do
-    outputs = [_joined(names, k, plan.rows, order) for k in kept]
-    scores = (
-        [None, None]
-        if score is None or labels is None
-        else [_score(score, o, labels, len(done), metric) for o in outputs]
-    )
+    # Samples of one shape ran together; labels come as the data do.
+    order = np.argsort([sample.position for sample in seen.samples])
+    outputs = [_joined(names, kept, plan.rows, order) for kept in (seen.reference, seen.quantized)]
+    scores: list[float | None] = [None, None]
+    if score is not None and labels is not None:
+        scores = [_score(score, found, labels, len(seen.samples), metric) for found in outputs]
+    first = plan.small().batches(seen.samples[:VERIFIED])
     return Comparison(
-        samples=len(done),
-        fused={name: s.db for name, s in fused.items()},
-        emulated={name: s.db for name, s in emulated.items()},
-        tensors=tensor_sqnr(reference, quantized, plan.small().batches(done[:VERIFIED]), provider) if tensors else {},
+        samples=len(seen.samples),
+        fused={name: s.db for name, s in seen.fused.items()},
+        emulated={name: s.db for name, s in seen.emulated.items()},
+        tensors=tensor_sqnr(reference, quantized, first, provider) if tensors else {},
         agreement=_agreement(outputs, names[0]),
         metric=metric,
         float_score=scores[0],
         quantized_score=scores[1],
         provider=provider,
     )
+
+
+@dataclass
+class _Seen:
+    """What running all models over the data gave: SQNR by output, outputs batch by batch, and the samples."""
+
+    fused: dict[str, Sqnr]
+    emulated: dict[str, Sqnr]
+    reference: list[list[Array]] = field(default_factory=list)
+    quantized: list[list[Array]] = field(default_factory=list)
+    samples: list[Sample] = field(default_factory=list)
+
+
+def _run_all(
+    sessions: Sequence[Any],
+    names: Sequence[str],
+    plan: batching.Batching,
+    data: Data,
+    progress: observe.Progress | None,
+) -> _Seen:
+    """Run the float, fused and emulated session; the first samples keep their feeds for comparing tensors."""
+    seen = _Seen({name: Sqnr() for name in names}, {name: Sqnr() for name in names})
+    for batch in plan.batches(plan.samples(data)):
+        want, got, emulated = ([batch.real(v) for v in runtime.run(s, names, batch.feeds)] for s in sessions)
+        for name, x, y, z in zip(names, want, got, emulated, strict=True):
+            seen.fused[name].add(x, y)
+            seen.emulated[name].add(x, z)
+        seen.reference.append(want)
+        seen.quantized.append(got)
+        for sample in batch.samples:
+            seen.samples.append(sample if len(seen.samples) < VERIFIED else replace(sample, feeds={}))
+        if progress is not None:
+            progress("compare", len(seen.samples), data.count)
+    return seen
 
 
 def _same_outputs(float_names: Sequence[str], quantized_names: Sequence[str]) -> None:

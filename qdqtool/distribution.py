@@ -20,7 +20,8 @@ import numpy.typing as npt
 from qdqtool.spec import FloatArray, IntArray, QuantSpec, Range
 
 if TYPE_CHECKING:
-    from qdqtool.statistics import Bins, TensorStatistics
+    from qdqtool.histogram import Bins
+    from qdqtool.statistics import TensorStatistics
 
 
 class Side(enum.Enum):
