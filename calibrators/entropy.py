@@ -47,7 +47,8 @@ class Entropy:
         """Return the range of least divergence, the wider one among equals."""
         side = Side.of(stats, spec)
         levels = (spec.steps + 1) // 2 if side is Side.MAGNITUDE else spec.steps + 1
-        if is_zero(stats) or 2 * levels > _SLICE:
+        # Subnormals share the bin of zeros: where nothing else was seen, there is nothing to tell apart.
+        if is_zero(stats) or stats.bins.zeros == stats.count or 2 * levels > _SLICE:
             return within(stats, stats.lo, stats.hi)
         if side is Side.BOTH:
             return within(stats, *_search(stats.bins, stats.lo, stats.hi, levels))

@@ -71,6 +71,13 @@ def test_nothing_but_zeros_gives_an_empty_range(observe: Observe, name: str, x: 
 
 
 @pytest.mark.parametrize("name", NAMES)
+def test_subnormals_alone_are_as_good_as_zeros(observe: Observe, name: str) -> None:
+    for spec in SPECS:
+        chosen = make("calibrators", name, {}).choose(observe(np.array([1e-45, 3e-45], np.float32)), spec)
+        assert 0 <= float(chosen.hi) <= 3e-45
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_one_value_alone_keeps_its_range(observe: Observe, name: str) -> None:
     for spec in SPECS:
         assert make("calibrators", name, {}).choose(observe([3.7] * 9), spec).hi == np.float32(3.7)
