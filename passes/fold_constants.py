@@ -18,6 +18,7 @@ import onnx_graphsurgeon as gs
 from onnx_graphsurgeon.exporters.onnx_exporter import OnnxExporter
 
 from qdqtool import graph as graphs
+from qdqtool import runtime
 from qdqtool.dimensions import fold_dimensions
 from qdqtool.graph import Array
 from qdqtool.linear import LINEAR_OPS
@@ -185,8 +186,6 @@ def _evaluate(
     given: Mapping[str, Array] | None = None,
 ) -> list[Array]:
     """Values of ``results``, computed by ``nodes`` alone; ``given`` holds further tensors they read."""
-    import onnxruntime
-
     read = {
         tensor.name: tensor
         for node in nodes
@@ -207,12 +206,8 @@ def _evaluate(
         ],
     )
     proto = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", opset)], ir_version=ir_version)
-    options = onnxruntime.SessionOptions()
-    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
-    options.log_severity_level = 4
-    options.intra_op_num_threads = 1
-    session = onnxruntime.InferenceSession(proto.SerializeToString(), options, providers=["CPUExecutionProvider"])
-    return [np.asarray(value) for value in session.run(None, {})]
+    active = runtime.session(proto, optimize=False, threads=1)
+    return [np.asarray(value) for value in runtime.run(active, None, {})]
 
 
 def _failing(nodes: Sequence[gs.Node], opset: int, ir_version: int) -> dict[int, str]:

@@ -10,8 +10,6 @@ from typing import Any
 
 from qdqtool.errors import PipelineError, RecipeError, nearest
 
-CATALOGUES = ("passes", "calibrators")
-
 
 def catalogue(kind: str) -> dict[str, type]:
     """All entries of ``"passes"`` or ``"calibrators"``: built-in ones in their order, then plugins by name.

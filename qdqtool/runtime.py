@@ -11,7 +11,7 @@ import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
-from typing import Any, Final, Literal
+from typing import Any, Final
 
 import numpy.typing as npt
 import onnx
@@ -19,7 +19,6 @@ import onnx
 from qdqtool import model as models
 from qdqtool.errors import ModelError, RuntimeUnavailableError
 
-Provider = Literal["auto", "cpu", "cuda", "tensorrt"]
 PROVIDERS: Final[Mapping[str, tuple[str, ...]]] = {
     "cpu": ("CPUExecutionProvider",),
     "cuda": ("CUDAExecutionProvider", "CPUExecutionProvider"),

@@ -6,7 +6,6 @@ A :class:`QuantSpec` holds what is decided before any number is known (format, s
 
 from __future__ import annotations
 
-import dataclasses
 import enum
 from dataclasses import dataclass
 from typing import Final
@@ -217,8 +216,3 @@ class QuantizedWeight:
 
     codes: npt.NDArray[np.integer]
     params: QuantParams
-
-
-def with_format(spec: QuantSpec, **changes: object) -> QuantSpec:
-    """A copy of ``spec`` with some fields changed."""
-    return dataclasses.replace(spec, **changes)  # type: ignore[arg-type]  # replace() checks the names at run time

@@ -61,7 +61,7 @@ def test_built_in_entries_come_in_the_order_of_their_table() -> None:
     assert found.index("plan") < found.index("observe") < found.index("choose-ranges") < found.index("insert-qdq")
 
 
-@pytest.mark.parametrize("kind", registry.CATALOGUES)
+@pytest.mark.parametrize("kind", ["passes", "calibrators"])
 def test_every_entry_is_what_its_catalogue_promises(kind: str) -> None:
     for name, entry in catalogue(kind).items():
         made: Any = make(kind, name, {})
