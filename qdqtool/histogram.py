@@ -1,12 +1,16 @@
 """Histograms keyed by the float32's own bits: they need no range, and two of them merge by adding counts.
 
-A bin is a sign, an exponent and ten mantissa bits, at most 0.1 % of its value wide. Counts are kept in pages of one
-power of two, made on first use: a dense table of 2^19 counters for each tensor would cost more than the inference.
+A bin is a sign, an exponent and ten mantissa bits, at most 0.1 % of its value wide: the upper 19 bits of the float32.
+While values come they are counted in a table of all 2^19 bins, of whose memory the system provides only what is
+touched (some 15 powers of two, 8 KiB each and sign); afterwards counts are kept in pages of one power of two.
 """
 
 from __future__ import annotations
 
+import contextlib
 import itertools
+import mmap
+import threading
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Final
@@ -17,12 +21,38 @@ import numpy.typing as npt
 from qdqtool.spec import FloatArray, IntArray
 
 MANTISSA_BITS: Final = 10
+CHUNK: Final = 1 << 16  # elements; a chunk's temporaries stay in the second-level cache
 _SHIFT: Final = 23 - MANTISSA_BITS
 _PAGE: Final = 1 << MANTISSA_BITS  # bins of one power of two
-_LEAST: Final = np.array(1 << _SHIFT, np.uint32).view(np.float32)[()]  # least magnitude with a bin of its own
-_WINDOW: Final = 10  # pages counted at once, so that the table stays in the cache; the few smaller values come after
-_FEW: Final = 1 << 14  # values that are sorted rather than tabled
-_CHUNK: Final = 1 << 15  # elements; a chunk's temporaries stay in the second-level cache
+_SIGN: Final = 1 << 18  # the first bin of negative values
+_SETTLED: Final = 16  # powers of two looked through at once
+_FEW: Final = 1 << 10  # values that are sorted rather than tabled
+_ZEROS: Final = 8  # bins next to 0 that count as zeros
+# Zeros go to _ZEROS counters in turn, as each increment of one counter has to wait for the one before.
+_SPREAD: Final = (np.arange(CHUNK, dtype=np.uint32) % _ZEROS) << _SHIFT
+
+
+class _Scratch(threading.local):
+    """Each thread's temporaries; new ones for every call would cost a page fault every 1,024 elements."""
+
+    def __init__(self) -> None:
+        self.keys = np.empty(CHUNK, np.int64)
+        self.spread = np.empty(CHUNK, np.uint32)
+
+
+_SCRATCH: Final = _Scratch()
+
+
+def _lazy_table() -> IntArray:
+    """A zero for each bin there is, 4 MiB, in small pages of memory that the system provides when they are touched."""
+    size = 2 * _SIGN * np.dtype(np.int64).itemsize
+    # Private pages: shared ones, the default, cost three times as much when they are first touched.
+    private = {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS} if hasattr(mmap, "MAP_PRIVATE") else {}
+    memory = mmap.mmap(-1, size, **private)
+    if hasattr(mmap, "MADV_NOHUGEPAGE"):
+        with contextlib.suppress(OSError):  # a kernel without huge pages does not know the advice
+            memory.madvise(mmap.MADV_NOHUGEPAGE)
+    return np.frombuffer(memory, np.int64)
 
 
 @dataclass(frozen=True)
@@ -83,71 +113,86 @@ class Histogram:
     """Counts by (sign, exponent, ten mantissa bits) in pages of one power of two, made on first use."""
 
     def __init__(self) -> None:
-        self.pages: dict[int, IntArray] = {}  # exponent + 1, negative for negative values -> counts
-        self.zeros = 0
+        self._pages: dict[int, IntArray] = {}  # exponent + 1, negative for negative values -> counts
+        self._zeros = 0
+        self._table: IntArray | None = None  # a counter for every bin there is, while values come
+        self._tabled = 0  # values in the table
+        self._top = 0  # greatest exponent among them
 
-    def add(self, values: npt.NDArray[np.float32], amax: float, negative: bool) -> None:
-        """Count finite ``values`` (flat, contiguous) of greatest magnitude ``amax``; ``negative``: some are below 0."""
-        top = int(np.float32(amax).view(np.uint32)) >> _SHIFT >> MANTISSA_BITS
-        floor = max(top - _WINDOW, 0) << MANTISSA_BITS
-        width = (top + 1 << MANTISSA_BITS) - floor
-        table = np.zeros(2 * width if negative else width, np.int64)
-        least, edge = _value_of(np.array([floor, floor + 1])).astype(np.float32)
-        buffers = np.empty((2, min(values.size, _CHUNK)), np.float32)
-        small = []  # zeros apart, what the window's first bin gathers is counted by a window of its own
-        for start in range(0, values.size, _CHUNK):
-            chunk = values[start : start + _CHUNK]
-            magnitude = np.abs(chunk, out=buffers[0, : chunk.size]) if negative else chunk
-            keys = np.maximum(magnitude, least, out=buffers[1, : chunk.size]).view(np.int32)
-            keys >>= _SHIFT
-            keys -= np.int32(floor)
-            few = np.flatnonzero((magnitude < edge) & (magnitude >= _LEAST))
-            small.append(chunk[few])
-            if negative:
-                signs = np.right_shift(chunk.view(np.int32), 31, out=buffers[0, : chunk.size].view(np.int32))
-                signs &= np.int32(width)
-                keys += signs
-            table += np.bincount(keys, minlength=table.size)
-        self._finish(table, width, floor, np.concatenate(small) if small else values)
+    @property
+    def pages(self) -> dict[int, IntArray]:
+        """Counts by page: exponent + 1, negative for negative values -> int64 (1024,), ascending in magnitude."""
+        self._settle()
+        return self._pages
 
-    def _finish(self, table: IntArray, width: int, floor: int, small: npt.NDArray[np.float32]) -> None:
-        """Store a counted window; its first bin holds zeros and the ``small`` values."""
-        self.zeros += int(table[::width].sum()) - small.size  # subnormals under 1.2e-41 count as zeros
-        table[::width] = 0
-        self._store(table[:width], floor, 1)
-        self._store(table[width:], floor, -1)
-        if small.size > _FEW:
-            self.add(small, float(np.abs(small).max()), bool(small.min() < 0))
-        elif small.size:
-            self._add_few(small)
+    @property
+    def zeros(self) -> int:
+        """Number of exact zeros (and of magnitudes below 9.2e-41)."""
+        self._settle()
+        return self._zeros
+
+    def add(self, values: npt.NDArray[np.float32], least: float, greatest: float) -> None:
+        """Count finite ``values`` (flat, contiguous), the extremes of which are ``least`` and ``greatest``."""
+        if self._table is None and values.size <= _FEW:
+            self._add_few(values)
+            return
+        if self._table is None:
+            self._table = _lazy_table()
+        self._top = max(self._top, int(np.float32(max(-least, greatest)).view(np.uint32)) >> 23)
+        self._tabled += values.size
+        bits = values.view(np.uint32)
+        keys, spread = _SCRATCH.keys, _SCRATCH.spread
+        for start in range(0, bits.size, CHUNK):
+            chunk = bits[start : start + CHUNK]
+            if least >= 0:
+                chunk = np.maximum(chunk, _SPREAD[: chunk.size], out=spread[: chunk.size])
+            np.add.at(self._table, np.right_shift(chunk, _SHIFT, out=keys[: chunk.size]), 1)
+
+    def _settle(self) -> None:
+        """Move the table's counts to pages, and let the table go."""
+        table, self._table = self._table, None
+        if table is None:
+            return
+        halves = table.reshape(2, -1, _PAGE)
+        zeros = halves[:, 0, :_ZEROS]
+        left, self._tabled = self._tabled - int(zeros.sum()), 0
+        self._zeros += int(zeros.sum())
+        zeros[:] = 0
+        for end in range(self._top + 1, 0, -_SETTLED):  # downwards, and no further than there are counts
+            if not left:
+                break
+            first = max(end - _SETTLED, 0)
+            sums = halves[:, first:end].sum(axis=2)
+            left -= int(sums.sum())
+            for half, page in np.argwhere(sums):
+                number = first + int(page) + 1
+                self._add_page(-number if half else number, halves[half, first + page])
+
+    def _add_page(self, number: int, counts: IntArray) -> None:
+        if number in self._pages:
+            self._pages[number] += counts
+        else:
+            self._pages[number] = counts.copy()
 
     def _add_few(self, values: npt.NDArray[np.float32]) -> None:
         """Count values that are too few for a table of their own."""
-        bits = values.view(np.int32)
-        keys = (bits & 0x7FFFFFFF) >> _SHIFT
-        pages = (keys >> MANTISSA_BITS) + 1
-        keys = (np.where(bits < 0, -pages, pages) << MANTISSA_BITS) | (keys & (_PAGE - 1))
-        found, counts = np.unique(keys, return_counts=True)
+        bits = values.view(np.uint32)
+        found, counts = np.unique(bits >> _SHIFT, return_counts=True)
+        zero = (found & (_SIGN - 1)) < _ZEROS
+        self._zeros += int(counts[zero].sum())
+        found, counts = found[~zero].astype(np.int64), counts[~zero]
         starts = [0, *(np.flatnonzero(np.diff(found >> MANTISSA_BITS)) + 1), found.size]
-        for start, end in itertools.pairwise(starts):
-            page = self.pages.setdefault(int(found[start]) >> MANTISSA_BITS, np.zeros(_PAGE, np.int64))
+        for start, end in itertools.pairwise(starts if found.size else ()):
+            sign, key = (-1, int(found[start]) - _SIGN) if found[start] >= _SIGN else (1, int(found[start]))
+            page = self._pages.setdefault(sign * ((key >> MANTISSA_BITS) + 1), np.zeros(_PAGE, np.int64))
             page[found[start:end] & (_PAGE - 1)] += counts[start:end]
-
-    def _page(self, exponent: int, sign: int) -> IntArray:
-        return self.pages.setdefault(sign * (exponent + 1), np.zeros(_PAGE, np.int64))
-
-    def _store(self, table: IntArray, floor: int, sign: int) -> None:
-        pages = table.reshape(-1, _PAGE)
-        for index in np.flatnonzero(pages.any(axis=1)):
-            counts = self._page((floor >> MANTISSA_BITS) + int(index), sign)
-            counts += pages[index]
 
     def __or__(self, other: Histogram) -> Histogram:
         merged = Histogram()
-        merged.zeros = self.zeros + other.zeros
+        merged._zeros = self.zeros + other.zeros
         for source in (self, other):
             for number, counts in source.pages.items():
-                merged.pages[number] = merged.pages[number] + counts if number in merged.pages else counts.copy()
+                merged._add_page(number, counts)
         return merged
 
     def __eq__(self, other: object) -> bool:

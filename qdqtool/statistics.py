@@ -8,6 +8,7 @@ size or partition. A bin is at most 0.1 % of its value wide. Moments are read of
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -17,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from qdqtool.errors import StatisticsError
-from qdqtool.histogram import Bins, Histogram
+from qdqtool.histogram import CHUNK, Bins, Histogram
 
 RECORD: Final = np.dtype([("sample", "S16"), ("position", np.int64), ("lo", np.float32), ("hi", np.float32)])
 """One sample's content hash, its position in the data, and its least and greatest finite value."""
@@ -33,7 +34,8 @@ class TensorStatistics:
         self.first_non_finite: tuple[int, bytes] | None = (
             None  # position and hash of the earliest sample with NaN or Inf
         )
-        self._records: list[npt.NDArray[Any]] = []
+        self._records: list[npt.NDArray[Any]] = [np.empty(0, RECORD)]
+        self._ordered = True  # whether the records are one array, by position
 
     def observe(self, values: npt.NDArray[Any], samples: Sequence[tuple[bytes, int]]) -> None:
         """Add a batch.
@@ -47,18 +49,30 @@ class TensorStatistics:
             return
         with np.errstate(over="ignore"):  # a float64 beyond float32 becomes Inf and is counted as such
             flat = np.ascontiguousarray(values, np.float32).reshape(rows, -1)
-        lo, hi = flat.min(axis=1), flat.max(axis=1)
-        if not (np.isfinite(lo).all() and np.isfinite(hi).all()):
-            flat, lo, hi = self._without_non_finite(flat, samples)
         record = np.empty(rows, RECORD)
         record["sample"], record["position"] = [s for s, _ in samples], [p for _, p in samples]
-        record["lo"], record["hi"] = lo + np.float32(0), hi + np.float32(0)  # -0.0 becomes 0.0
+        record["lo"] = record["hi"] = np.nan
+        block = max(1, CHUNK // flat.shape[1])  # extremes and counts while the values are in the cache
+        for start in range(0, rows, block):
+            part = slice(start, start + block)
+            record["lo"][part], record["hi"][part] = self._count(flat[part], samples[part])
         self._records.append(record)
-        seen = ~np.isnan(lo)
-        if seen.any():
-            least, greatest = float(lo[seen].min()), float(hi[seen].max())
-            self.histogram.add(flat.reshape(-1), max(-least, greatest), least < 0)
-            self.__dict__.pop("bins", None)
+        self._ordered = False
+        self.__dict__.pop("bins", None)
+
+    def _count(
+        self, flat: npt.NDArray[np.float32], samples: Sequence[tuple[bytes, int]]
+    ) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
+        """Add the values of some samples to the histogram; returns each sample's extremes, NaN where it has none."""
+        lo, hi = flat.min(axis=1), flat.max(axis=1)
+        least, greatest = float(lo.min()), float(hi.max())
+        if not (math.isfinite(least) and math.isfinite(greatest)):
+            flat, lo, hi = self._without_non_finite(flat, samples)
+            if flat.size == 0:
+                return lo, hi
+            least, greatest = float(flat.min()), float(flat.max())
+        self.histogram.add(flat.reshape(-1), least, greatest)
+        return lo + np.float32(0), hi + np.float32(0)  # -0.0 becomes 0.0
 
     def _without_non_finite(
         self, flat: npt.NDArray[np.float32], samples: Sequence[tuple[bytes, int]]
@@ -77,10 +91,12 @@ class TensorStatistics:
 
     @property
     def records(self) -> npt.NDArray[Any]:
-        """One :data:`RECORD` a sample, in the order observed (merged: in the order merged)."""
-        if len(self._records) > 1:
-            self._records = [np.concatenate(self._records)]
-        return self._records[0] if self._records else np.empty(0, RECORD)
+        """One :data:`RECORD` a sample, by position in the data; lo and hi are NaN where it had no finite value."""
+        if not self._ordered:
+            joined = np.concatenate(self._records)
+            self._records = [joined[np.argsort(joined["position"], kind="stable")]]
+            self._ordered = True
+        return self._records[0]
 
     @cached_property
     def bins(self) -> Bins:
@@ -119,7 +135,7 @@ class TensorStatistics:
         merged.nan, merged.inf = self.nan + other.nan, self.inf + other.inf
         found = [f for f in (self.first_non_finite, other.first_non_finite) if f is not None]
         merged.first_non_finite = min(found, default=None)
-        merged._records = [*self._records, *other._records]
+        merged._records, merged._ordered = [*self._records, *other._records], False
         return merged
 
     def __eq__(self, other: object) -> bool:
