@@ -10,21 +10,22 @@ import contextlib
 import os
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
+from qdqtool.arrays import open_npz
 from qdqtool.errors import DataError
-from qdqtool.fit import Feeds, as_array, fit, is_input, only_input, row_shapes, sample_shapes, whole_shapes
+from qdqtool.fit import Feeds, as_array, fit, is_input, only_input, row_shapes, whole_shapes
+from qdqtool.pb import find_sets, load_set
+from qdqtool.rows import LABELS, Samples, open_samples
 from qdqtool.spool import Spool
 
 if TYPE_CHECKING:
     from qdqtool.images import ImagePreprocessing
     from qdqtool.model import InputInfo
 
-LABELS = "labels"
 _SOURCES = """\
   data.npz, or a dict of arrays   named as the model's inputs, samples along axis 0
   data.npy                        the same, for a model of one input
@@ -37,7 +38,8 @@ class Data:
     """A replayable stream of feeds; iterating again gives the same feeds in the same order.
 
     A feed maps every model input to one C-contiguous array of the input's rank and dtype. An array may be a read-only
-    view of the user's own.
+    view of the user's own. Files are read again at every pass, one sample at a time, so that memory does not grow with
+    them; they must stay as they are meanwhile.
 
     Raises:
         DataError: while iterating, where a feed does not fit, a file is unreadable, or there is no sample at all.
@@ -76,18 +78,22 @@ class Data:
         return self._count
 
     def __iter__(self) -> Iterator[Feeds]:
-        if not self._finalizer.alive:
-            raise DataError(f"{self._name} was closed; open it again")
+        self._check_open()
         count = 0
         for feeds in self._replay():
             yield feeds
+            self._check_open()
             count += 1
         if not count:
             raise DataError(f"{self._name} holds no samples; give at least one")
         self._count = count
 
+    def _check_open(self) -> None:
+        if not self._finalizer.alive:
+            raise DataError(f"{self._name} was closed; open it again")
+
     def close(self) -> None:
-        """Remove temporary files; the data cannot be iterated any more."""
+        """Close files and remove temporary ones; the data cannot be iterated any more, feeds taken stay valid."""
         self._finalizer()
 
     def __enter__(self) -> Data:
@@ -104,8 +110,8 @@ def open_data(
 
     ``images`` serves a folder of images only, ``seed`` synthetic samples only. An open Data is returned as it is.
     In a folder of .npy files, one of a rank less than the input's is one sample, if the input's axis 0 is 1 or free.
-    Arrays in memory and single files are checked here as a whole; streams and folders here for their first feed (so
-    one item of a generator is taken), then as they pass.
+    Arrays in memory and single files are checked here as a whole, a part at a time; streams and folders here for their
+    first feed (so one item of a generator is taken), then as they pass. Values are converted as they pass, too.
 
     Raises:
         DataError: the source is no data, or does not fit; shows what the model wants beside what was given.
@@ -122,9 +128,10 @@ def load_labels(source: object) -> np.ndarray | None:
         DataError: the file or the array is unreadable.
     """
     if isinstance(source, (str, os.PathLike)) and Path(source).suffix.lower() == ".npz":
-        given: Mapping[str, object] = _load_npz(Path(source).expanduser(), lambda name: name == LABELS)
-    else:
-        given = source if isinstance(source, Mapping) else {}
+        with contextlib.ExitStack() as stack:
+            found = open_npz(Path(source).expanduser(), lambda name: name == LABELS, stack)
+            return found[LABELS].read() if LABELS in found else None
+    given = source if isinstance(source, Mapping) else {}
     return as_array(given[LABELS], LABELS, "the data") if LABELS in given else None
 
 
@@ -138,7 +145,7 @@ def _open(source: object, inputs: Sequence[InputInfo], images: ImagePreprocessin
     if isinstance(source, np.ndarray):
         source = {only_input(inputs, "a single array").name: source}
     if isinstance(source, Mapping):
-        samples = _Samples.of({k: v for k, v in source.items() if k != LABELS or is_input(k, inputs)}, inputs, "dict")
+        samples = Samples.of({k: v for k, v in source.items() if k != LABELS or is_input(k, inputs)}, inputs, "dict")
         return Data("arrays in memory", samples.__iter__, count=samples.count)
     if isinstance(source, (list, tuple)):
         feeds: Sequence[object] = source
@@ -182,20 +189,27 @@ def _open_path(path: Path, inputs: Sequence[InputInfo], images: ImagePreprocessi
         return _open_folder(path, inputs, images)
     if path.suffix.lower() not in (".npz", ".npy"):
         raise DataError(f"{path}: this kind of file is no data; give one of\n{_SOURCES}")
-    samples = _load_samples(path, inputs)
-    return Data(path.name, samples.__iter__, count=samples.count)
+    with contextlib.ExitStack() as stack:
+        samples = open_samples(path, inputs, stack)
+        return Data(path.name, samples.__iter__, count=samples.count, release=stack.pop_all().close)
 
 
 def _open_folder(folder: Path, inputs: Sequence[InputInfo], images: ImagePreprocessing | None) -> Data:
     title = folder.resolve().name  # a folder given as "." has no name before
-    if sets := _test_data_sets(folder):
-        return Data(title, lambda: (_load_set(one, inputs) for one in sets), count=len(sets), unit="feed")
+    if sets := find_sets(folder):
+        return Data(title, lambda: (load_set(one, inputs) for one in sets), count=len(sets), unit="feed")
     kind, files = _folder_kind(folder)
     if kind == "image":
         return Data(title, _images(folder, files, inputs, images), count=len(files), unit="image")
     if kind == ".npy":
         only_input(inputs, f"{folder}: a folder of .npy files")
-    return Data(title, lambda: (feeds for path in files for feeds in _load_samples(path, inputs, lone=True)))
+    return Data(title, lambda: _shards(files, inputs))
+
+
+def _shards(files: Sequence[Path], inputs: Sequence[InputInfo]) -> Iterator[Feeds]:
+    for path in files:
+        with contextlib.ExitStack() as stack:
+            yield from open_samples(path, inputs, stack, lone=True)
 
 
 def _folder_kind(folder: Path) -> tuple[str, list[Path]]:
@@ -235,103 +249,6 @@ def _images(
             yield fit(pixels, inputs, f"{path} after [images]", row_shapes)
 
     return replay
-
-
-def _test_data_sets(folder: Path) -> list[Path]:
-    """The folders with input_*.pb files below this one, in the order of their numbers, or this folder itself."""
-    sets = [path for path in folder.glob("test_data_set_*") if path.is_dir()]
-    sets.sort(key=lambda path: (len(path.name), path.name))
-    return sets or ([folder] if any(folder.glob("input_*.pb")) else [])
-
-
-def _load_set(folder: Path, inputs: Sequence[InputInfo]) -> Feeds:
-    """The feed in input_0.pb, input_1.pb ...: by the name in the file where the model has it, else by the number."""
-    from onnx import load_tensor, numpy_helper
-
-    feed: Feeds = {}
-    for path in sorted(folder.glob("input_*.pb")):
-        try:
-            tensor = load_tensor(str(path))
-            array = numpy_helper.to_array(tensor, str(folder))
-        except Exception as error:  # protobuf, onnx and numpy raise a dozen unrelated kinds here
-            raise DataError(f"{path} is no readable ONNX tensor ({error}); write it again") from error
-        name, number = tensor.name, path.stem.removeprefix("input_")
-        if not is_input(name, inputs):
-            if not number.isdecimal() or int(number) >= len(inputs):
-                raise DataError(
-                    f"{path}: the model has {len(inputs)} input(s) and none named {name!r}; remove the file"
-                )
-            name = inputs[int(number)].name
-        if name in feed:
-            raise DataError(f"{path}: another file of this folder is for input {name!r} too; remove one of them")
-        feed[name] = array
-    return fit(feed, inputs, str(folder), whole_shapes)
-
-
-def _load_samples(path: Path, inputs: Sequence[InputInfo], *, lone: bool = False) -> _Samples:
-    """The samples of an .npz or .npy file; ``lone``: an .npy may be one sample without the model's batch axis."""
-    if path.suffix.lower() == ".npz":
-        return _Samples.of(_load_npz(path, lambda name: name != LABELS or is_input(name, inputs)), inputs, str(path))
-    info = only_input(inputs, f"{path}: an .npy file")
-    array = _load_npy(path)
-    if lone and array.ndim == len(info.shape) - 1 and (info.shape[0] == 1 or not isinstance(info.shape[0], int)):
-        array = array[np.newaxis]
-    return _Samples.of({info.name: array}, inputs, str(path))
-
-
-def _load_npz(path: Path, wanted: Callable[[str], bool]) -> Feeds:
-    # Opened here, since numpy.load leaves a damaged file open.
-    with _reading(path), path.open("rb") as file:
-        loaded = np.load(file, allow_pickle=False)
-        if isinstance(loaded, np.ndarray):
-            raise DataError(f"{path} holds one array without a name; write it with numpy.savez, or name it .npy")
-        with loaded:
-            return {name: loaded[name] for name in loaded.files if wanted(name)}
-
-
-def _load_npy(path: Path) -> np.ndarray:
-    """The array of an .npy file, left on disk until its rows are read."""
-    with _reading(path):
-        return np.lib.format.open_memmap(path, mode="r")
-
-
-@contextlib.contextmanager
-def _reading(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except (DataError, MemoryError):
-        raise
-    except Exception as error:  # numpy, zipfile and the tokenizer of headers raise a dozen unrelated kinds here
-        if "Object arrays" in str(error) or "Python objects" in str(error):
-            raise DataError(f"{path} holds Python objects; save plain arrays of numbers") from error
-        kind = type(error).__name__
-        raise DataError(f"{path} is no readable .npz or .npy file ({kind}); write it again with numpy.savez") from error
-
-
-@dataclass(frozen=True)
-class _Samples:
-    """Arrays of ``count`` samples each; those in ``items`` have one rank more than the model's input."""
-
-    arrays: Feeds
-    items: frozenset[str]
-    count: int
-
-    @classmethod
-    def of(cls, given: Mapping[str, object], inputs: Sequence[InputInfo], where: str) -> _Samples:
-        arrays = fit(given, inputs, where, sample_shapes)
-        counts = {name: len(array) for name, array in arrays.items()}
-        if len(set(counts.values())) > 1:
-            found = ", ".join(f"{name} has {count}" for name, count in counts.items())
-            raise DataError(
-                f"{where}: the inputs differ in their number of samples, axis 0 ({found}); give equally many, and "
-                "where axis 0 is no batch give one rank more, each item a whole feed"
-            )
-        items = frozenset(info.name for info in inputs if arrays[info.name].ndim > len(info.shape))
-        return cls(arrays, items, max(counts.values(), default=0))
-
-    def __iter__(self) -> Iterator[Feeds]:
-        for i in range(self.count):
-            yield {name: a[i, ...] if name in self.items else a[i : i + 1] for name, a in self.arrays.items()}
 
 
 def _whole_feeds(source: Iterable[object], inputs: Sequence[InputInfo]) -> Iterator[Feeds]:
