@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import bisect
 import hashlib
-import heapq
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Final
@@ -15,7 +15,7 @@ from qdqtool.fit import Feeds
 from qdqtool.model import InputInfo
 
 MAX_BATCH: Final = 64
-_BATCH_BYTES: Final = 96 << 20  # observed activations of one batch
+_BATCH_BYTES: Final = 48 << 20  # observed activations of one batch, where nobody says otherwise
 _FEW: Final = 4
 _TOGETHER_BYTES: Final = 2 << 30
 Runner = Callable[[Feeds], Mapping[str, npt.NDArray[Any]]]
@@ -73,6 +73,7 @@ class Batching:
         fixed: the model takes exactly ``size`` samples.
         fill: rows to which a short feed is filled where feeds are taken whole and the model's batch is fixed; 0: not.
         bytes_each: bytes of observed activations a sample, as far as known.
+        together_bytes: bytes that a batch may hold where only one activation is kept at a time.
     """
 
     rows: bool
@@ -80,6 +81,7 @@ class Batching:
     fixed: bool = False
     fill: int = 0
     bytes_each: int = 0
+    together_bytes: int = _TOGETHER_BYTES
 
     def samples(self, feeds: Iterable[Feeds]) -> Iterator[Sample]:
         """The samples in ``feeds``, in order."""
@@ -93,7 +95,7 @@ class Batching:
         """Batching for a step that wants ``count`` samples in one batch and keeps one activation at a time."""
         if self.fixed or not self.rows or self.size == 1:
             return self
-        return replace(self, size=max(self.size, min(count, _TOGETHER_BYTES // max(self.bytes_each, 1))))
+        return replace(self, size=max(self.size, min(count, self.together_bytes // max(self.bytes_each, 1))))
 
     def small(self) -> Batching:
         """Batching for a step that holds every activation of two models at once."""
@@ -143,12 +145,38 @@ def digest(feeds: Feeds) -> bytes:
     return state.digest() + b"\1"
 
 
-def choose(samples: Iterable[Sample], count: int) -> list[Sample]:
-    """The ``count`` samples of least hash, in the order of their hashes: the same ones however the data are ordered.
+class Held:
+    """Up to ``count`` samples of least hash among those added: the same ones however the data are ordered.
 
     Samples with NaN or infinite inputs come last.
     """
-    return heapq.nsmallest(count, samples, key=lambda s: (not _finite(s), s.digest, s.position))
+
+    def __init__(self, count: int) -> None:
+        self._count = count
+        self._kept: list[tuple[bool, bytes, int, Sample]] = []
+
+    def add(self, sample: Sample) -> None:
+        """Keep the sample if it is among the least so far."""
+        full = len(self._kept) == self._count
+        if full and not self._kept[-1][0] and sample.digest > self._kept[-1][1]:
+            return  # whatever it holds
+        entry = (not _finite(sample), sample.digest, sample.position, sample)
+        if not full or entry[:3] < self._kept[-1][:3]:
+            bisect.insort(self._kept, entry, key=lambda kept: kept[:3])
+            del self._kept[self._count :]
+
+    @property
+    def samples(self) -> list[Sample]:
+        """Those kept, in the order of their hashes."""
+        return [entry[3] for entry in self._kept]
+
+
+def choose(samples: Iterable[Sample], count: int) -> list[Sample]:
+    """The ``count`` samples of least hash, as :class:`Held` keeps them."""
+    held = Held(count)
+    for sample in samples:
+        held.add(sample)
+    return held.samples
 
 
 def _finite(sample: Sample) -> bool:
@@ -159,7 +187,9 @@ def _shapes(feeds: Feeds) -> tuple[object, ...]:
     return tuple((name, array.shape) for name, array in feeds.items())
 
 
-def plan_batching(inputs: Sequence[InputInfo], feeds: Iterable[Feeds], run: Runner) -> Batching:
+def plan_batching(
+    inputs: Sequence[InputInfo], feeds: Iterable[Feeds], run: Runner, batch_bytes: int = _BATCH_BYTES
+) -> Batching:
     """Find out how the model can be batched, by a trial on two samples where its inputs leave the first axis free.
 
     A free first axis need not be a batch (a Softmax over axis 0 mixes samples): samples are joined only if two of them
@@ -169,10 +199,11 @@ def plan_batching(inputs: Sequence[InputInfo], feeds: Iterable[Feeds], run: Runn
         inputs: what the model wants.
         feeds: the data; only its first samples are looked at.
         run: runs the model and gives every output and observed tensor.
+        batch_bytes: what these may take together for one batch, unless one sample alone has more.
     """
     axes = {info.shape[0] if info.shape else 0 for info in inputs}
-    fixed = next(iter(axes)) if len(axes) == 1 else None
-    if isinstance(fixed, int) and fixed > 1:
+    fixed = _fixed_rows(inputs)
+    if fixed:
         first = next(iter(feeds), None)
         rows = first is not None and all(array.shape[0] < fixed for array in first.values())
         return Batching(rows=rows, size=fixed if rows else 1, fixed=rows, fill=0 if rows else fixed)
@@ -182,11 +213,24 @@ def plan_batching(inputs: Sequence[InputInfo], feeds: Iterable[Feeds], run: Runn
     for sample in Batching(rows=True, size=1).samples(feeds):
         other = pair.get(_shapes(sample.feeds))
         if other is not None and other.digest != sample.digest:
-            return _trial(other, sample, run)
+            return _trial(other, sample, run, batch_bytes)
         pair[_shapes(sample.feeds)] = sample
         if sample.position >= 2 * MAX_BATCH:
             break
     return Batching(rows=True, size=1) if _all_single(feeds) else Batching(rows=False, size=1)
+
+
+def _fixed_rows(inputs: Sequence[InputInfo]) -> int:
+    """The batch that every input of the model prescribes; 0 where there is none."""
+    axes = {info.shape[0] if info.shape else 0 for info in inputs}
+    fixed = next(iter(axes)) if len(axes) == 1 else None
+    return fixed if isinstance(fixed, int) and fixed > 1 else 0
+
+
+def first_feed(inputs: Sequence[InputInfo], feeds: Iterable[Feeds]) -> Feeds:
+    """The data's first feed, filled up where the model's batch is fixed."""
+    plan = Batching(rows=False, size=1, fill=_fixed_rows(inputs))
+    return next(plan.batches(plan.samples(feeds))).feeds
 
 
 def _all_single(feeds: Iterable[Feeds]) -> bool:
@@ -194,7 +238,7 @@ def _all_single(feeds: Iterable[Feeds]) -> bool:
     return first is not None and all(len(array) == 1 for array in first.values())
 
 
-def _trial(first: Sample, second: Sample, run: Runner) -> Batching:
+def _trial(first: Sample, second: Sample, run: Runner, batch_bytes: int) -> Batching:
     joined = run({name: np.concatenate([first.feeds[name], second.feeds[name]]) for name in first.feeds})
     apart = [run(sample.feeds) for sample in (first, second)]
     for name, both in joined.items():
@@ -202,7 +246,7 @@ def _trial(first: Sample, second: Sample, run: Runner) -> Batching:
             if both.size != 2 * alone.size or not _agree(both.reshape(2, -1)[index], alone.reshape(-1)):
                 return Batching(rows=False, size=1)
     bytes_each = sum(values.nbytes for values in apart[0].values())
-    size = int(min(MAX_BATCH, max(1, _BATCH_BYTES // max(bytes_each, 1))))
+    size = int(min(MAX_BATCH, max(1, batch_bytes // max(bytes_each, 1))))
     return Batching(rows=True, size=size, bytes_each=bytes_each)
 
 

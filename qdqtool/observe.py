@@ -1,28 +1,63 @@
-"""Model and data to statistics: one pass, one batch in memory, whatever batches the user's data came in."""
+"""Model and data to statistics: one pass, a few batches in memory, whatever batches the user's data came in.
+
+Batches run side by side, each on one thread of its own that runs the model and then counts what came out: neither
+waits for the other, and a result computed on one thread does not depend on the batch it was part of.
+"""
 
 from __future__ import annotations
 
-import os
+import functools
+import threading
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
-from typing import Final
+from dataclasses import dataclass, field, replace
+from typing import Any, Final, Protocol
 
+import numpy.typing as npt
 import onnx
 
-from qdqtool import batching, runtime
+from qdqtool import batching, runtime, sweeps
 from qdqtool import model as models
-from qdqtool.batching import Batching, Sample
+from qdqtool.batching import Batch, Batching, Held, Sample
 from qdqtool.data import Data
+from qdqtool.engine import Engine, Local, cpus
 from qdqtool.errors import DataError
 from qdqtool.fit import Feeds
 from qdqtool.statistics import Statistics, TensorStatistics
+from qdqtool.sweeps import Sweeps
 
 Progress = Callable[[str, int, int | None], None]
 """Called with the step's name, samples done and samples in all (None while unknown)."""
 
 HELD: Final = batching.MAX_BATCH
 """Samples kept for the steps behind observation (bias correction, verification), chosen by content."""
+_FIRST_SAVE: Final = 2.0  # seconds until what was found is first saved
+_SAVING_SHARE: Final = 0.05  # of the time may go into saving
+
+
+class Keeper(Protocol):
+    """Keeps what was found of some tensors, so that an interrupted run can go on."""
+
+    def partial(self, tensors: Sequence[str]) -> Statistics | None:
+        """What an interrupted run found of exactly these tensors, on part of the samples; None where there is none."""
+        ...
+
+    def keep(self, statistics: Statistics, *, whole: bool, plan: Batching) -> None:
+        """Save statistics of a group of tensors; ``whole``: on all samples."""
+        ...
+
+
+@dataclass(frozen=True)
+class Observing:
+    """How to observe; none of it changes what is found.
+
+    Attributes:
+        memory: bytes that observed activations may take at any time; None: half of the machine's memory.
+        engine: where batches run.
+    """
+
+    memory: int | None = None
+    engine: Engine = field(default_factory=Local)
 
 
 @dataclass(frozen=True)
@@ -33,11 +68,92 @@ class Observation:
         statistics: of every tensor asked for.
         held: up to :data:`HELD` samples of least hash, in the order of their hashes.
         batching: how samples were joined.
+        sweeps: which tensors were observed together.
+        resumed: samples that an interrupted run had observed already.
     """
 
     statistics: Statistics
     held: tuple[Sample, ...]
     batching: Batching
+    sweeps: Sweeps
+    resumed: int = 0
+
+
+@dataclass(frozen=True)
+class ObserveJob:
+    """Run a float model on batches and collect statistics of ``tensors``; an :class:`~qdqtool.engine.Job`.
+
+    Attributes:
+        model: its outputs are the tensors, and perhaps more.
+        tensors: names of float tensors; graph inputs may be among them.
+        provider: execution provider, already known to load.
+        threads: of the runtime, for each batch.
+    """
+
+    model: onnx.ModelProto
+    tensors: tuple[str, ...]
+    provider: str = "cpu"
+    threads: int = 1
+
+    def start(self) -> _Observer:
+        """Load the model."""
+        return _Observer(self)
+
+    def merge(self, one: Statistics, other: Statistics) -> Statistics:
+        """Statistics of both."""
+        return one | other
+
+    def run(self, feeds: Feeds) -> dict[str, npt.NDArray[Any]]:
+        """Every output of the model by name."""
+        names = [output.name for output in self.session.get_outputs()]
+        return dict(zip(names, runtime.run(self.session, names, feeds), strict=True))
+
+    @functools.cached_property
+    def session(self) -> Any:
+        """The loaded model; each process has its own."""
+        return runtime.session(self.model, provider=self.provider, threads=self.threads)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without the session, which stays where it is."""
+        return {name: value for name, value in self.__dict__.items() if name != "session"}
+
+
+class _Observer:
+    """Collects statistics of batches, from several threads at once."""
+
+    def __init__(self, job: ObserveJob) -> None:
+        inputs = {info.name for info in models.inputs(job.model)}
+        self._session = job.session
+        self._tensors = job.tensors
+        self._fed = [name for name in job.tensors if name in inputs]
+        self._wanted = [name for name in job.tensors if name not in inputs]
+        self._lock = threading.Lock()
+        self._locks = {name: threading.Lock() for name in job.tensors}
+        self._clear()
+
+    def _clear(self) -> None:
+        self._found = {name: TensorStatistics() for name in self._tensors}
+        self._samples = 0
+
+    def take(self, batch: Batch) -> None:
+        """Run the model on a batch and count what comes out."""
+        outputs = runtime.run(self._session, self._wanted, batch.feeds) if self._wanted else []
+        for name in self._fed:
+            self._count(name, batch.feeds[name], batch)
+        for name in reversed(self._wanted):  # each is let go as soon as it is counted
+            self._count(name, outputs.pop(), batch)
+        with self._lock:
+            self._samples += len(batch.samples)
+
+    def _count(self, name: str, values: npt.NDArray[Any], batch: Batch) -> None:
+        with self._locks[name]:
+            self._found[name].observe(batch.real(values), batch.keys)
+
+    def result(self) -> Statistics:
+        """Statistics of the batches since the last call."""
+        found = Statistics(self._found, self._samples)
+        self._clear()
+        return found
 
 
 def observe(
@@ -47,7 +163,9 @@ def observe(
     *,
     samples: int | None = None,
     provider: str = "cpu",
+    options: Observing | None = None,
     progress: Progress | None = None,
+    keeper: Keeper | None = None,
 ) -> Observation:
     """Run the float model over the data and collect statistics of ``tensors``.
 
@@ -57,58 +175,136 @@ def observe(
         data: calibration data.
         samples: use only so many samples, chosen by the hash of their content; None: all.
         provider: execution provider, already known to load.
+        options: memory and engine.
         progress: told after every batch.
+        keeper: saves what was found now and then, and gives what an interrupted run has saved.
 
     Raises:
         DataError: no sample came.
         ModelError: the runtime cannot run the model on the data.
     """
-    feeds = {info.name for info in models.inputs(proto)}
-    wanted = [name for name in tensors if name not in feeds]
-    threads = max(1, (os.cpu_count() or 1) - _observers())
-    active = runtime.session(with_outputs(proto, wanted), provider=provider, threads=threads)
-    names = [output.name for output in active.get_outputs()]
-
-    def run(fed: Feeds) -> dict[str, object]:
-        return dict(zip(names, runtime.run(active, names, fed), strict=True))
-
-    plan = batching.plan_batching(models.inputs(proto), data, run)  # type: ignore[arg-type]  # tensor outputs are arrays
-    found = {name: TensorStatistics() for name in tensors}
-    held: list[Sample] = []
-    done = 0
-    with ThreadPoolExecutor(_observers(), "observe") as pool:
-        pending: list[Future[None]] = []
-        for batch in plan.batches(_chosen(plan, data, samples)):
-            outputs = runtime.run(active, wanted, batch.feeds) if wanted else []
-            for task in pending:  # one batch runs while the one before it is counted: two are in memory at most
-                task.result()
-            seen = {name: batch.feeds[name] for name in feeds & found.keys()} | dict(zip(wanted, outputs, strict=True))
-            pending = [
-                pool.submit(found[name].observe, batch.real(values), batch.keys) for name, values in seen.items()
-            ]
-            held = batching.choose([*held, *batch.samples], HELD)
-            done += len(batch.samples)
-            if progress is not None:
-                progress("observe", done, samples if samples is not None else data.count)
-        for task in pending:
-            task.result()
-    if done == 0:
-        raise DataError(f"{data.description} holds no samples; calibration needs at least one")
-    return Observation(Statistics(found, done), tuple(held), plan)
+    options = options or Observing()
+    plan = _plan(proto, tensors, data, provider, options)
+    jobs = _jobs(proto, plan, provider, options)
+    cut = _batching(jobs, data, plan, options)
+    run = _Run(data, samples, cut, options.engine, progress, keeper, len(jobs))
+    found: dict[str, TensorStatistics] = {}
+    while jobs:
+        found.update(run.sweep(jobs.pop(0)).tensors)
+    return Observation(Statistics(found, run.samples), tuple(run.held.samples), cut, plan, run.resumed)
 
 
-def _observers() -> int:
-    """Threads that count while the runtime computes the next batch."""
-    return max(1, (os.cpu_count() or 1) // 4)
+@dataclass
+class _Run:
+    """The sweeps of one observation, one after the other."""
+
+    data: Data
+    count: int | None
+    batching: Batching
+    engine: Engine
+    progress: Progress | None
+    keeper: Keeper | None
+    sweeps: int
+    samples: int = 0
+    resumed: int = 0
+    held: Held = field(default_factory=lambda: Held(HELD))
+    swept: int = 0
+    drawn: bool = False
+    pace: float = _FIRST_SAVE
+
+    def sweep(self, job: ObserveJob) -> Statistics:
+        """Statistics of one group of tensors on all samples."""
+        total = self.keeper.partial(job.tensors) if self.keeper is not None and job.tensors else None
+        done = frozenset() if total is None else total.positions
+        self.resumed = max(self.resumed, len(done))
+        self.samples, self.drawn = 0, False
+        reported = len(done)
+
+        def tell(batch: Batch) -> None:
+            nonlocal reported
+            reported += len(batch.samples)
+            if self.progress is not None:
+                each = self.count if self.count is not None else self.data.count
+                name = "observe" if self.sweeps == 1 else f"observe (sweep {self.swept + 1} of {self.sweeps})"
+                self.progress(name, reported, each)
+
+        batches = self.batching.batches(self._new(done))
+        for part in self.engine.run(job, batches, taken=tell, pause=self._saves_now):
+            total = part if total is None else job.merge(total, part)
+            if not self.drawn:
+                self._keep(total, whole=False)
+        if total is None or not self.samples:
+            raise DataError(f"{self.data.description} holds no samples; calibration needs at least one")
+        self._keep(total, whole=True)
+        self.swept += 1
+        return total
+
+    def _new(self, done: frozenset[int]) -> Iterator[Sample]:
+        """The samples chosen, without those that were observed before; all of them are counted and may be held."""
+        for sample in chosen(self.batching, self.data, self.count):
+            self.samples += 1
+            if not self.swept:
+                self.held.add(sample)
+            if sample.position not in done:
+                yield sample
+        self.drawn = True
+
+    def _saves_now(self, seconds: float) -> bool:
+        return self.keeper is not None and seconds >= self.pace
+
+    def _keep(self, found: Statistics, *, whole: bool) -> None:
+        if self.keeper is not None:
+            start = time.monotonic()
+            self.keeper.keep(found, whole=whole, plan=self.batching)
+            self.pace = max(_FIRST_SAVE, (time.monotonic() - start) / _SAVING_SHARE)
 
 
-def _chosen(plan: Batching, data: Data, samples: int | None) -> Iterator[Sample]:
+def chosen(plan: Batching, data: Data, samples: int | None) -> Iterator[Sample]:
+    """The samples to use: all of them, or so many of least hash, in the order of the data."""
     if samples is None:
         yield from plan.samples(data)
         return
     least = batching.choose((Sample({}, s.digest, s.position) for s in plan.samples(data)), samples)
     positions = {sample.position for sample in least}
     yield from (sample for sample in plan.samples(data) if sample.position in positions)
+
+
+def _plan(proto: onnx.ModelProto, tensors: Sequence[str], data: Data, provider: str, options: Observing) -> Sweeps:
+    sizes = sweeps.known_sizes(proto, tensors)
+    if sizes is None:  # the first feed tells
+        active = runtime.session(sweeps.measuring(proto, tensors), provider=provider)
+        feed = batching.first_feed(models.inputs(proto), data)
+        names = [sweeps.size_name(name) for name in tensors]
+        counts = (int(value) for value in runtime.run(active, names, feed))
+        sizes = {name: 4 * count for name, count in zip(tensors, counts, strict=True)}
+    sizes |= {info.name: 0 for info in models.inputs(proto) if info.name in sizes}  # they are there anyway
+    return sweeps.plan_sweeps(sizes, options.memory, options.engine.threads)
+
+
+def _jobs(proto: onnx.ModelProto, plan: Sweeps, provider: str, options: Observing) -> list[ObserveJob]:
+    """A job for each sweep; the last one runs the whole model, those before only what their tensors need."""
+    spare = plan.threads < options.engine.threads  # fewer batches at once than there are processors
+    threads = max(1, cpus() // plan.threads) if spare else 1
+    inputs = {info.name for info in models.inputs(proto)}
+    jobs = []
+    for group in plan.groups:
+        wanted = [name for name in group if name not in inputs]
+        model = with_outputs(proto, wanted) if group is plan.groups[-1] else pruned(proto, wanted or group)
+        jobs.append(ObserveJob(model, group, provider, threads))
+    return jobs
+
+
+def _batching(jobs: Sequence[ObserveJob], data: Data, plan: Sweeps, options: Observing) -> Batching:
+    """How samples may be joined: as every sweep allows."""
+    for job in jobs:
+        inputs = models.inputs(job.model)
+        found = batching.plan_batching(inputs, data, job.run, plan.batch_bytes)
+        if len(jobs) > 1:
+            job.__dict__.pop("session", None)  # only one sweep's model is in memory at a time
+        if not found.rows or found.fixed:
+            break
+    budget = options.memory
+    return found if budget is None else replace(found, together_bytes=min(budget, found.together_bytes))
 
 
 def with_outputs(proto: onnx.ModelProto, tensors: Iterable[str]) -> onnx.ModelProto:
@@ -120,3 +316,29 @@ def with_outputs(proto: onnx.ModelProto, tensors: Iterable[str]) -> onnx.ModelPr
         if name not in known:
             extended.graph.output.append(onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, None))
     return extended
+
+
+def pruned(proto: onnx.ModelProto, tensors: Sequence[str]) -> onnx.ModelProto:
+    """The part of the model that computes ``tensors``, which are its only outputs."""
+    needed = set(tensors)
+    kept: list[onnx.NodeProto] = []
+    for node in reversed(proto.graph.node):
+        if needed.intersection(node.output):
+            kept.append(node)
+            needed.update(_read(node))
+    part = onnx.ModelProto(ir_version=proto.ir_version, opset_import=proto.opset_import, functions=proto.functions)
+    part.graph.name = proto.graph.name
+    part.graph.node.extend(reversed(kept))
+    part.graph.input.extend(proto.graph.input)
+    part.graph.initializer.extend(t for t in proto.graph.initializer if t.name in needed)
+    return with_outputs(part, tensors)
+
+
+def _read(node: onnx.NodeProto) -> Iterator[str]:
+    """Names that a node and its bodies read."""
+    yield from node.input
+    for attribute in node.attribute:
+        for body in (*attribute.graphs, *([attribute.g] if attribute.HasField("g") else [])):
+            for inner in body.node:
+                yield from _read(inner)
+            yield from (output.name for output in body.output)

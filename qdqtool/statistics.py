@@ -45,15 +45,13 @@ class TensorStatistics:
             samples: content hash and position of each sample.
         """
         rows = len(samples)
-        if values.size == 0:
-            return
         with np.errstate(over="ignore"):  # a float64 beyond float32 becomes Inf and is counted as such
-            flat = np.ascontiguousarray(values, np.float32).reshape(rows, -1)
+            flat = np.ascontiguousarray(values, np.float32).reshape(rows, values.size // rows)
         record = np.empty(rows, RECORD)
         record["sample"], record["position"] = [s for s, _ in samples], [p for _, p in samples]
         record["lo"] = record["hi"] = np.nan
-        block = max(1, CHUNK // flat.shape[1])  # extremes and counts while the values are in the cache
-        for start in range(0, rows, block):
+        block = max(1, CHUNK // max(flat.shape[1], 1))  # extremes and counts while the values are in the cache
+        for start in range(0, rows, block) if flat.size else ():
             part = slice(start, start + block)
             record["lo"][part], record["hi"][part] = self._count(flat[part], samples[part])
         self._records.append(record)
@@ -163,6 +161,11 @@ class Statistics:
             raise StatisticsError(
                 f"tensor {tensor!r} was not observed; observe the prepared model again with this tensor in the plan"
             ) from None
+
+    @property
+    def positions(self) -> frozenset[int]:
+        """Positions in the data of the samples they come from."""
+        return frozenset(p for stats in [*self.tensors.values()][:1] for p in stats.records["position"].tolist())
 
     def __or__(self, other: Statistics) -> Statistics:
         names = dict.fromkeys([*self.tensors, *other.tensors])

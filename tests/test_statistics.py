@@ -152,10 +152,11 @@ def test_nothing_finite_leaves_an_empty_range() -> None:
 
 
 @pytest.mark.parametrize("shape", [(0,), (2, 0, 3)])
-def test_zero_size_arrays_leave_no_trace(shape: tuple[int, ...]) -> None:
+def test_zero_size_arrays_leave_nothing_but_a_record_of_their_samples(shape: tuple[int, ...]) -> None:
     stats = TensorStatistics()
     stats.observe(np.zeros(shape, np.float32), [(b"a", 0), (b"b", 1)])
-    assert stats == TensorStatistics()
+    assert np.isnan(stats.records["lo"]).all()
+    assert (len(stats.records), stats.lo, stats.hi, stats.count, stats.nan) == (2, 0, 0, 0, 0)
     assert stats.bins.total == 0
     assert stats.bins.prefix.shape == (3, 1)
 

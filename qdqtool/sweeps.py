@@ -1,0 +1,124 @@
+"""How activations are observed within a budget of memory: which tensors in one sweep, how much of the data at once.
+
+Within a sweep every thread holds the observed activations of its batch. Where those of a single sample exceed the
+budget, the tensors are split into groups in the order of the graph, and the data pass once for each group.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Final
+
+import onnx
+
+from qdqtool.errors import DataError
+
+_BATCH_BYTES: Final = 96 << 20  # observed activations of the batches that run at once: more is not faster
+_TRIAL: Final = 4  # two samples joined and the same two apart, to find out whether they may be joined
+_UNITS: Final = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "KI": 1 << 10, "MI": 1 << 20, "GI": 1 << 30}
+
+
+@dataclass(frozen=True)
+class Sweeps:
+    """Groups of tensors, each observed in one pass over the data.
+
+    Attributes:
+        groups: names of tensors, in the order of the graph.
+        bytes_each: observed activations of one sample in the largest group, bytes.
+        threads: batches that run at once.
+        batch_bytes: observed activations of one batch, bytes, unless one sample alone has more.
+    """
+
+    groups: tuple[tuple[str, ...], ...]
+    bytes_each: int
+    threads: int
+    batch_bytes: int
+
+    def describe(self) -> str:
+        """The plan in one line."""
+        sizes = ", ".join(str(len(group)) for group in self.groups)
+        return (
+            f"activations are observed in {len(self.groups)} sweeps over the data, of {sizes} tensors, "
+            f"each with at most {max(self.bytes_each, 1) / 1e6:.1f} MB a sample"
+        )
+
+
+def plan_sweeps(sizes: Mapping[str, int], budget: int | None, threads: int) -> Sweeps:
+    """Divide tensors into sweeps.
+
+    Args:
+        sizes: tensor -> bytes of its values for one sample, in the order of the graph.
+        budget: bytes that observed activations may take at any time; None: half of this machine's memory.
+        threads: batches that may run at once.
+    """
+    limit = default_budget() if budget is None else budget
+    groups: list[list[str]] = [[]]
+    filled = 0
+    for name, size in sizes.items():
+        if filled and _TRIAL * (filled + size) > limit:
+            groups.append([])
+            filled = 0
+        groups[-1].append(name)
+        filled += size
+    largest = max(sum(sizes[name] for name in group) for group in groups)
+    threads = max(1, min(threads, limit // max(largest, 1)))
+    return Sweeps(tuple(map(tuple, groups)), largest, threads, min(_BATCH_BYTES, limit) // threads)
+
+
+def default_budget() -> int:
+    """Half of the machine's physical memory, bytes; 8 GiB where the system does not tell."""
+    try:
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
+    except (AttributeError, ValueError, OSError):
+        return 8 << 30
+
+
+def known_sizes(proto: onnx.ModelProto, tensors: Sequence[str]) -> dict[str, int] | None:
+    """Bytes of each tensor for one sample by the shapes in the model; None where one is unknown but for axis 0."""
+    values = {v.name: v for v in (*proto.graph.value_info, *proto.graph.input, *proto.graph.output)}
+    found = {}
+    for name in tensors:
+        kind = values[name].type.tensor_type if name in values else None
+        if kind is None or not kind.HasField("shape"):
+            return None
+        dims = [d.dim_value if d.HasField("dim_value") else None for d in kind.shape.dim]
+        if None in dims[1:]:
+            return None
+        found[name] = math.prod(d if d is not None else 1 for d in dims) * 4
+    return found
+
+
+def measuring(proto: onnx.ModelProto, tensors: Sequence[str]) -> onnx.ModelProto:
+    """The model with nothing but the number of elements of each tensor as outputs, named as in :func:`size_name`."""
+    model = onnx.ModelProto()
+    model.CopyFrom(proto)
+    del model.graph.output[:]
+    for name in tensors:
+        model.graph.node.append(onnx.helper.make_node("Size", [name], [size_name(name)]))
+        model.graph.output.append(onnx.helper.make_tensor_value_info(size_name(name), onnx.TensorProto.INT64, []))
+    return model
+
+
+def size_name(tensor: str) -> str:
+    """Name of the output that tells a tensor's number of elements."""
+    return f"qdqtool.size.{tensor}"
+
+
+def parse_bytes(text: str | int) -> int:
+    """Bytes in "4GB", "512 MiB", "1e9" or a number.
+
+    Raises:
+        DataError: it is none of these, or not positive.
+    """
+    match = re.fullmatch(r"\s*([\d.]+(?:[eE]\d+)?)\s*([kKmMgG]?[iI]?)[bB]?\s*", str(text))
+    try:
+        size = int(float(match[1]) * _UNITS[match[2].upper()]) if match else 0
+    except (ValueError, KeyError):
+        size = 0
+    if size <= 0:
+        raise DataError(f"{text!r} is no amount of memory; give bytes, or as in 4GB or 512MiB")
+    return size
