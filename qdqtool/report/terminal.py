@@ -16,6 +16,7 @@ from qdqtool.comparison import Comparison
 from qdqtool.passes_api import Skip, State, Timing
 from qdqtool.placement import is_integer_kernel
 from qdqtool.plan import DerivedFrom, Entry, SharedWith
+from qdqtool.report import calibration
 from qdqtool.report.units import count, db, duration, listed, percent, size
 from qdqtool.report.values import Report
 
@@ -49,11 +50,12 @@ def quantization(
             f"   {size(sizes.float_bytes)} -> {size(sizes.quantized_bytes)}, {change}",
         ),
         Text(f"{_settings(report.recipe)}, {count(report.samples, 'calibration sample')}", style="dim"),
+        *_calibration(report),
         *_accuracy(report),
         *_integers(report),
         *stayed_float(report.skipped, {*report.layers} - {*report.weight_only}),
         *_notes(report.notes),
-        *((*_ranges(report), *_bytes(report), *_passes(report.timings)) if verbose else ()),
+        *((*_adequacy(report), *_ranges(report), *_bytes(report), *_passes(report.timings)) if verbose else ()),
         Text(""),
         _times(report.timings),
         *([Text(f"Wrote {', '.join(written)}", style="bold green")] if written else []),
@@ -126,6 +128,15 @@ def _settings(recipe: Mapping[str, object]) -> str:
 def _synthetic(synthetic: bool) -> list[RenderableType]:
     line = "SYNTHETIC DATA: ranges come from random samples. Do not ship this file."
     return [Text(f" {line} ", style="bold white on red")] if synthetic else []
+
+
+def _calibration(report: Report) -> list[RenderableType]:
+    """Whether the calibration data suffice; of random data made here there is nothing to say."""
+    if report.calibration is None or report.synthetic:
+        return []
+    line = calibration.summary(report.calibration)
+    findings = [Text(f"  {line}", style="yellow") for line in calibration.findings(report.calibration)]
+    return [*([Text(f"Calibration data: {line}", style="dim")] if line else []), *findings]
 
 
 def _accuracy(report: Report) -> list[RenderableType]:
@@ -221,6 +232,13 @@ def stayed_float(skipped: Iterable[Skip], integers: Iterable[str]) -> list[Rende
 
 def _notes(notes: Sequence[str]) -> list[RenderableType]:
     return [_head("Notes", ""), *(Text(f"  {note}") for note in notes)] if notes else []
+
+
+def _adequacy(report: Report) -> list[RenderableType]:
+    found = report.calibration
+    if found is None or report.synthetic or not found.tensors:
+        return []
+    return [_head("Calibration data", "ranges that depend most on one sample"), *calibration.details(found)]
 
 
 def _ranges(report: Report) -> list[RenderableType]:

@@ -14,6 +14,7 @@ import onnx
 
 import qdqtool
 from qdqtool import model as models
+from qdqtool.adequacy import Adequacy, assess
 from qdqtool.comparison import Comparison
 from qdqtool.passes_api import Skip, State, Timing
 from qdqtool.placement import is_integer_kernel
@@ -75,6 +76,8 @@ class Report:
     kernels: Mapping[str, int]
     timings: tuple[Timing, ...]
     evaluation: Comparison | None = field(default=None)
+    calibration: Adequacy | None = field(default=None)
+    """What the calibration data are worth; None where nothing was observed."""
 
     @property
     def integer_kernels(self) -> int:
@@ -127,7 +130,13 @@ def make_report(state: State, proto: onnx.ModelProto, timings: tuple[Timing, ...
         verification=state.verified,
         kernels=state.kernels,
         timings=timings,
+        calibration=_calibration(state, synthetic=synthetic),
     )
+
+
+def _calibration(state: State, *, synthetic: bool) -> Adequacy | None:
+    """What the data are worth; that synthetic ones are random need not be found out."""
+    return None if state.statistics is None else assess(state.statistics, () if synthetic else state.held)
 
 
 def _version(package: str) -> str:

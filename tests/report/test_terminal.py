@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import io
 import time
+from dataclasses import replace
 from typing import Any
 
 import pytest
 from rich.console import Console, RenderableType
 
+from qdqtool.adequacy import Adequacy, TensorAdequacy
 from qdqtool.comparison import Comparison
 from qdqtool.passes_api import Skip, Timing
 from qdqtool.report import progress, terminal
@@ -92,6 +94,33 @@ def test_scores_have_the_metric_s_unit() -> None:
     assert "-0.50 points" in page(evaluation=found)
     own = Comparison(8, {"y": 30.0}, {"y": 30.0}, metric="m:f", float_score=0.91, quantized_score=0.91)
     assert "+0\n" in page(evaluation=own)
+
+
+class TestCalibrationData:
+    found = Adequacy(20, stable_after=7, last_stable_after=7, tensors={"a": TensorAdequacy("varied", 7)})
+
+    def test_one_line_when_all_is_well(self) -> None:
+        shown = page(calibration=self.found)
+        assert "1 calibration sample\nCalibration data: ranges stable after 7 of 20 samples\n\nAccuracy" in shown
+
+    def test_findings_come_below_it(self) -> None:
+        shown = page(calibration=replace(self.found, random_inputs={"x[0]": "normal"}))
+        assert "of 20 samples\n  input 'x[0]' looks like random numbers (normal)" in shown
+
+    def test_findings_without_ranges(self) -> None:
+        shown = page(calibration=Adequacy(20, random_inputs={"x": "normal"}))
+        assert "Calibration data" not in shown
+        assert "  input 'x' looks like random" in shown
+
+    def test_of_synthetic_data_there_is_nothing_to_say(self) -> None:
+        shown = text(
+            terminal.quantization(report(calibration=self.found, synthetic=True), source="a", output="b", verbose=True)
+        )
+        assert "Calibration data" not in shown
+
+    def test_verbose_lists_tensors(self) -> None:
+        shown = text(terminal.quantization(report(calibration=self.found), source="a", output="b", verbose=True))
+        assert "Calibration data  ranges that depend most on one sample\n  tensor  stable after" in shown
 
 
 def test_without_verification_there_is_no_accuracy() -> None:
