@@ -45,7 +45,7 @@ def main() -> None:
         assert state.original is not None
         state.data = open_data(data, models.inputs(state.original))
         seconds = []
-        first: list[Pass] = [*pipeline.preparation(recipe), PlanQuantization()]
+        first: list[Pass] = [*pipeline.preparation(), PlanQuantization()]
         for passes in (first, [Observe()], [ChooseRanges()], [InsertQdq()]):
             start = time.perf_counter()
             PassManager(passes).run(state, facts | frozenset(Fact))

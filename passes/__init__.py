@@ -17,6 +17,7 @@ from qdqtool.passes.plan import PlanQuantization
 from qdqtool.passes.pointwise_to_gemm import PointwiseToGemm
 from qdqtool.passes.raise_opset import RaiseOpset
 from qdqtool.passes.remove_identity import RemoveIdentity
+from qdqtool.passes.use_statistics import UseStatistics
 from qdqtool.passes.verify import Verify
 
 BUILTIN = (
@@ -32,6 +33,7 @@ BUILTIN = (
     AddBias,
     PlanQuantization,
     Observe,
+    UseStatistics,
     ChooseRanges,
     CorrectBias,
     InsertQdq,

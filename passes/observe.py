@@ -1,4 +1,4 @@
-"""Observe every planned activation over the calibration data, in one pass."""
+"""Observe every planned activation over the calibration data, as far as no earlier run has."""
 
 from __future__ import annotations
 
@@ -6,13 +6,13 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from qdqtool import model as models
-from qdqtool.observe import observe
+from qdqtool.collect import collect
 from qdqtool.passes_api import Fact, State
 
 
 @dataclass(frozen=True)
 class Observe:
-    """Observe every planned activation over the calibration data, in one pass."""
+    """Observe every planned activation over the calibration data, as far as no earlier run has."""
 
     name: ClassVar[str] = "observe"
     needs: ClassVar[frozenset[Fact]] = frozenset({Fact.DATA, Fact.PLAN})
@@ -20,21 +20,22 @@ class Observe:
     drops: ClassVar[frozenset[Fact]] = frozenset({Fact.PARAMS})
 
     def run(self, state: State) -> int:
-        """Set ``state.statistics`` and ``state.held``; returns the number of tensors observed."""
+        """Set ``state.statistics``, ``state.held`` and ``state.batching``; returns the number of tensors."""
         assert state.plan is not None
         assert state.data is not None
         tensors = state.plan.observed()
-        proto = models.to_proto(state.graph, state.header)
-        seen = observe(
-            proto, tensors, state.data, samples=state.recipe.samples, provider=state.provider, progress=state.progress
+        found = collect(
+            models.to_proto(state.graph, state.header),
+            tensors,
+            state.data,
+            axes=state.plan.channel_axes(),
+            samples=state.recipe.samples,
+            provider=state.provider,
+            options=state.observing,
+            cache=state.cache,
+            progress=state.progress,
         )
-        state.statistics, state.held, state.batching = seen.statistics, seen.held, seen.batching
-        for name in tensors:
-            stats = seen.statistics[name]
-            if stats.first_non_finite is not None:
-                position = stats.first_non_finite[0]
-                state.notes.append(
-                    f"tensor {name!r} held {stats.nan} NaN and {stats.inf} infinite values, first in sample "
-                    f"{position}; its range comes from the finite ones"
-                )
+        state.calibration, state.held = found.calibration, found.held
+        state.statistics, state.batching = found.calibration.statistics, found.calibration.batching
+        state.notes += found.notes
         return len(tensors)

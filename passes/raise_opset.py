@@ -19,7 +19,8 @@ from onnx import helper, numpy_helper
 
 from qdqtool import model
 from qdqtool.errors import ModelError
-from qdqtool.passes_api import GRAPH_FACTS, Fact, State
+from qdqtool.passes_api import Fact, State
+from qdqtool.recipe import BASE_OPSET
 
 _REMEDY: Final = "Export the model again with opset_version=17"
 _REPLACED: Final = {"Upsample": "Resize", "Scatter": "ScatterElements"}
@@ -30,12 +31,13 @@ _TYPED_BY_DATA: Final = {"Clip": (1, 2), "Pad": (2,)}
 class RaiseOpset:
     """Raise a model of an older operator set to opset ``minimum``; newer ones stay as they are."""
 
-    minimum: int = 13
+    minimum: int = BASE_OPSET
 
     name: ClassVar[str] = "raise-opset"
     needs: ClassVar[frozenset[Fact]] = frozenset()
     gives: ClassVar[frozenset[Fact]] = frozenset()
-    drops: ClassVar[frozenset[Fact]] = GRAPH_FACTS | {Fact.FOLDED}
+    # Nodes and tensors keep their names, and with them what is planned, observed and chosen.
+    drops: ClassVar[frozenset[Fact]] = frozenset({Fact.SHAPES, Fact.FOLDED, Fact.QDQ})
 
     def run(self, state: State) -> int:
         """Convert the model; returns 1 where it was older, else 0.

@@ -19,12 +19,12 @@ class Verify:
     """Check, load and run the quantized model against the float one on held calibration samples."""
 
     name: ClassVar[str] = "verify"
-    needs: ClassVar[frozenset[Fact]] = frozenset({Fact.DATA, Fact.QDQ})
+    needs: ClassVar[frozenset[Fact]] = frozenset({Fact.QDQ})
     gives: ClassVar[frozenset[Fact]] = frozenset()
     drops: ClassVar[frozenset[Fact]] = frozenset()
 
     def run(self, state: State) -> int:
-        """Set ``state.verified`` and ``state.kernels``; returns the number of samples used.
+        """Set ``state.kernels`` and, where there are samples, ``state.verified``; returns the number of samples used.
 
         Raises:
             ModelError: the model is invalid, does not load, or gives NaN or Inf where the float model does not.
@@ -32,7 +32,6 @@ class Verify:
         """
         assert state.quantized is not None
         assert state.original is not None
-        assert state.batching is not None
         proto = models.to_proto(state.quantized, state.header)
         try:
             models.check(proto)
@@ -41,6 +40,8 @@ class Verify:
             raise ModelError(
                 f"the quantized model was not written, because pass {self.name!r} refuses it: {error}"
             ) from error
+        if not state.held or state.batching is None:
+            return 0
         sessions = (
             runtime.session(state.original, provider=state.provider),
             fused,

@@ -10,24 +10,38 @@ from typing import TYPE_CHECKING
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from qdqtool.calibration import Calibration
     from qdqtool.comparison import Comparison, compare
     from qdqtool.errors import QdqError
-    from qdqtool.pipeline import Result, dry_run, quantize
+    from qdqtool.pipeline import Result, calibrate, dry_run, quantize
     from qdqtool.recipe import Recipe
     from qdqtool.report.values import Report
 
-__all__ = ["Comparison", "QdqError", "Recipe", "Report", "Result", "__version__", "compare", "dry_run", "quantize"]
-
 _HOMES = {
+    "Calibration": "calibration",
     "Comparison": "comparison",
     "compare": "comparison",
     "QdqError": "errors",
     "Result": "pipeline",
+    "calibrate": "pipeline",
     "dry_run": "pipeline",
     "quantize": "pipeline",
     "Recipe": "recipe",
     "Report": "report.values",
 }
+__all__ = [
+    "Calibration",
+    "Comparison",
+    "QdqError",
+    "Recipe",
+    "Report",
+    "Result",
+    "__version__",
+    "calibrate",
+    "compare",
+    "dry_run",
+    "quantize",
+]
 
 
 def __getattr__(name: str) -> object:

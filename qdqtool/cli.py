@@ -16,7 +16,8 @@ import click
 
 import qdqtool
 from qdqtool.cli_lists import calibrators, passes, targets
-from qdqtool.cli_options import RECIPE_OPTIONS, RUN_OPTIONS, Main, make_recipe, option
+from qdqtool.cli_observe import cache, merge, observe
+from qdqtool.cli_options import OBSERVE_OPTIONS, RECIPE_OPTIONS, RUN_OPTIONS, Main, make_recipe, observing, option
 
 if TYPE_CHECKING:
     import onnx
@@ -45,6 +46,7 @@ class _Call:
     evaluation: str | None
     metric: str | None
     data: str | None = None
+    statistics: str | None = None
     output: Path | None = None
     report: Path | None = None
     save_each: Path | None = None
@@ -70,11 +72,13 @@ def main() -> None:
         "qdqtool quantize model.onnx --data calibration.npz -o model.qdq.onnx --report out/",
         "qdqtool quantize model.onnx --data calib/ --eval eval.npz --metric top1 --target cpu",
         "qdqtool quantize model.onnx --data calib.npz --calibrator percentile --set percentile=99.99",
+        "qdqtool quantize model.onnx --statistics all.stats --target cpu",
         "qdqtool quantize model.onnx --dry-run --target tensorrt",
     )
 )
 @click.argument("model")
 @option("--data", metavar="PATH", help="Calibration data: .npz, .npy, a folder, or synthetic:N for a trial.")
+@option("--statistics", metavar="FILE", help="Take ranges from what 'qdqtool observe' saved; --data is optional then.")
 @option("-o", "--output", type=_PATH, metavar="FILE", help="[default: <model>.qdq.onnx in the current folder]")
 @option("--eval", "evaluation", metavar="PATH", help="Compare both models on these data too.")
 @option("--metric", metavar="NAME", help="top1, top5 or package.module:function, on --eval data with 'labels'.")
@@ -84,6 +88,7 @@ def main() -> None:
 @RUN_OPTIONS
 @option("-v", "--verbose", is_flag=True, help="Also list ranges, parts of the file and passes.")
 @RECIPE_OPTIONS
+@OBSERVE_OPTIONS
 def quantize(recipe_file: str | None, dry_run: bool, **given: Any) -> None:
     """Quantize and verify the float MODEL.
 
@@ -94,8 +99,9 @@ def quantize(recipe_file: str | None, dry_run: bool, **given: Any) -> None:
     call = _Call(**{field.name: given.pop(field.name) for field in fields(_Call) if field.name in given})
     if call.metric is not None and call.evaluation is None:
         raise click.UsageError("--metric needs --eval, the data to measure it on.")
-    if call.data is None and not dry_run:
-        raise click.UsageError("Missing option '--data': calibration data (--dry-run needs none).")
+    if call.data is None and call.statistics is None and not dry_run:
+        raise click.UsageError("Missing option '--data': calibration data (--dry-run and --statistics need none).")
+    how = observing({name: given.pop(name) for name in ("memory", "engine", "address", "cache")})
     recipe = make_recipe(recipe_file, given)
     for folder in (call.report, call.save_each):
         if folder is not None:
@@ -103,12 +109,12 @@ def quantize(recipe_file: str | None, dry_run: bool, **given: Any) -> None:
     if dry_run:
         _show_plan(call, recipe)
     else:
-        sources = (call.model, call.data, call.evaluation, recipe_file)
+        sources = (call.model, call.data, call.statistics, call.evaluation, recipe_file)
         files.check_output(call.target_file, filter(None, sources))
-        _quantize(call, recipe)
+        _quantize(call, recipe, how)
 
 
-def _quantize(call: _Call, recipe: Recipe) -> None:
+def _quantize(call: _Call, recipe: Recipe, how: dict[str, Any]) -> None:
     from qdqtool import pipeline
     from qdqtool.errors import QdqError
     from qdqtool.report import files, terminal
@@ -118,7 +124,14 @@ def _quantize(call: _Call, recipe: Recipe) -> None:
     output, callback = call.target_file, None if call.save_each is None else files.save_each(call.save_each)
     with _evaluation(call, recipe) as data, progress_bar(quiet=call.quiet) as bar:
         result = pipeline.quantize(
-            call.model, call.data, recipe=recipe, provider=call.provider, progress=bar, callback=callback
+            call.model,
+            call.data,
+            statistics=call.statistics,
+            recipe=recipe,
+            provider=call.provider,
+            progress=bar,
+            callback=callback,
+            **how,
         )
         result.save(output)
         report = result.report
@@ -285,5 +298,5 @@ def _show(call: _Call, as_json: Callable[[], str], page: Callable[[], Renderable
         terminal.console(stderr=call.as_json).print(page())
 
 
-for listing in (passes, calibrators, targets):
-    main.add_command(listing)
+for command in (observe, merge, cache, passes, calibrators, targets):
+    main.add_command(command)

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from qdqtool.recipe import Recipe
 
 PROVIDERS: Final = ("auto", "cpu", "cuda", "tensorrt")
+ENGINES: Final = ("local", "ray")
 Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
 
 
@@ -129,13 +130,35 @@ option = partial(click.option, cls=Option)
 _choice = partial(option, section="What to quantize and how")
 _names = partial(option, section="Nodes and tensors")
 
+PROVIDER: Final = option(
+    "--provider", type=click.Choice(PROVIDERS), default="auto", help="Where models run meanwhile. [default: auto]"
+)
 RUN_OPTIONS: Final = options(
-    option(
-        "--provider", type=click.Choice(PROVIDERS), default="auto", help="Where models run meanwhile. [default: auto]"
-    ),
+    PROVIDER,
     option("--json", "as_json", is_flag=True, help="Print JSON alone on stdout, all else on stderr."),
     option("-q", "--quiet", is_flag=True, help="Print warnings and errors only."),
 )
+
+_observing = partial(option, section="How to observe (the result is the same)")
+OBSERVE_OPTIONS: Final = options(
+    _observing("--memory", metavar="SIZE", help="For observed activations, as in 4GB. [default: half of the memory]"),
+    _observing("--engine", type=click.Choice(ENGINES), default="local", help="[default: local]"),
+    _observing("--address", metavar="ADDRESS", help="Of a Ray cluster, or auto. [default: start Ray here]"),
+    _observing("--cache/--no-cache", default=True, help="Keep statistics between runs. [default: yes]"),
+)
+
+
+def observing(given: dict[str, Any]) -> dict[str, Any]:
+    """What :data:`OBSERVE_OPTIONS` gave, as the API takes it."""
+    engine = None
+    if given["engine"] == "ray":
+        from qdqtool.engine_ray import Ray
+
+        engine = Ray(given["address"])
+    elif given["address"] is not None:
+        raise click.UsageError("--address is of a Ray cluster; give --engine ray too.")
+    return {"memory": given["memory"], "engine": engine, "cache": given["cache"]}
+
 
 RECIPE_OPTIONS: Final = options(
     _choice("--recipe", "recipe_file", metavar="FILE", help="TOML, YAML or JSON; options given here override it."),

@@ -180,12 +180,36 @@ class Histogram:
         found, counts = np.unique(bits >> _SHIFT, return_counts=True)
         zero = (found & (_SIGN - 1)) < _ZEROS
         self._zeros += int(counts[zero].sum())
-        found, counts = found[~zero].astype(np.int64), counts[~zero]
-        starts = [0, *(np.flatnonzero(np.diff(found >> MANTISSA_BITS)) + 1), found.size]
-        for start, end in itertools.pairwise(starts if found.size else ()):
-            sign, key = (-1, int(found[start]) - _SIGN) if found[start] >= _SIGN else (1, int(found[start]))
-            page = self._pages.setdefault(sign * ((key >> MANTISSA_BITS) + 1), np.zeros(_PAGE, np.int64))
-            page[found[start:end] & (_PAGE - 1)] += counts[start:end]
+        self._add_keys(found[~zero], counts[~zero])
+
+    def _add_keys(self, keys: npt.NDArray[np.uint32], counts: IntArray) -> None:
+        """Add counts of bins by the upper 19 bits of their values, ascending."""
+        keys = keys.astype(np.int64)
+        starts = [0, *(np.flatnonzero(np.diff(keys >> MANTISSA_BITS)) + 1), keys.size]
+        for start, end in itertools.pairwise(starts if keys.size else ()):
+            number = ((int(keys[start]) & (_SIGN - 1)) >> MANTISSA_BITS) + 1
+            page = self._pages.setdefault(-number if keys[start] >= _SIGN else number, np.zeros(_PAGE, np.int64))
+            page[keys[start:end] & (_PAGE - 1)] += counts[start:end]
+
+    def arrays(self) -> tuple[npt.NDArray[np.uint32], IntArray]:
+        """Occupied bins as the upper 19 bits of their float32 values, uint32 (n,), and their counts, int64 (n,)."""
+        keys, counts = [np.empty(0, np.uint32)], [np.empty(0, np.int64)]
+        for number in sorted(self.pages, key=lambda n: (n < 0, abs(n))):
+            used = np.flatnonzero(self.pages[number])
+            first = (abs(number) - 1 << MANTISSA_BITS) + (_SIGN if number < 0 else 0)
+            keys.append((used + first).astype(np.uint32))
+            counts.append(self.pages[number][used])
+        return np.concatenate(keys), np.concatenate(counts)
+
+    @classmethod
+    def from_arrays(cls, zeros: int, keys: npt.NDArray[np.uint32], counts: IntArray) -> Histogram:
+        """The histogram that :meth:`arrays` told, with its number of zeros; ValueError where a key is no bin."""
+        if keys.shape != counts.shape or (keys >= 2 * _SIGN).any() or (counts < 0).any() or zeros < 0:
+            raise ValueError("bins and counts do not fit together")
+        made = cls()
+        made._zeros = zeros
+        made._add_keys(keys, counts)
+        return made
 
     def __or__(self, other: Histogram) -> Histogram:
         merged = Histogram()

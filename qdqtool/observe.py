@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Final, Protocol
 
@@ -21,7 +21,7 @@ from qdqtool import model as models
 from qdqtool.batching import Batch, Batching, Held, Sample
 from qdqtool.data import Data
 from qdqtool.engine import Engine, Local, cpus
-from qdqtool.errors import DataError
+from qdqtool.errors import DataError, StatisticsError
 from qdqtool.fit import Feeds
 from qdqtool.statistics import Statistics, TensorStatistics
 from qdqtool.sweeps import Sweeps
@@ -86,12 +86,14 @@ class ObserveJob:
     Attributes:
         model: its outputs are the tensors, and perhaps more.
         tensors: names of float tensors; graph inputs may be among them.
+        axes: tensor -> channel axis, where each channel's statistics are wanted too.
         provider: execution provider, already known to load.
         threads: of the runtime, for each batch.
     """
 
     model: onnx.ModelProto
     tensors: tuple[str, ...]
+    axes: Mapping[str, int]
     provider: str = "cpu"
     threads: int = 1
 
@@ -124,7 +126,7 @@ class _Observer:
     def __init__(self, job: ObserveJob) -> None:
         inputs = {info.name for info in models.inputs(job.model)}
         self._session = job.session
-        self._tensors = job.tensors
+        self._tensors, self._axes = job.tensors, job.axes
         self._fed = [name for name in job.tensors if name in inputs]
         self._wanted = [name for name in job.tensors if name not in inputs]
         self._lock = threading.Lock()
@@ -132,7 +134,7 @@ class _Observer:
         self._clear()
 
     def _clear(self) -> None:
-        self._found = {name: TensorStatistics() for name in self._tensors}
+        self._found = {name: TensorStatistics(self._axes.get(name)) for name in self._tensors}
         self._samples = 0
 
     def take(self, batch: Batch) -> None:
@@ -146,8 +148,14 @@ class _Observer:
             self._samples += len(batch.samples)
 
     def _count(self, name: str, values: npt.NDArray[Any], batch: Batch) -> None:
+        real = batch.real(values)
+        if name in self._axes and real.ndim != values.ndim:
+            raise StatisticsError(
+                f"the batch of tensor {name!r} is not its axis 0, so its channels cannot be told apart; "
+                "quantize it per tensor"
+            )
         with self._locks[name]:
-            self._found[name].observe(batch.real(values), batch.keys)
+            self._found[name].observe(real, batch.keys)
 
     def result(self) -> Statistics:
         """Statistics of the batches since the last call."""
@@ -161,6 +169,7 @@ def observe(
     tensors: Sequence[str],
     data: Data,
     *,
+    axes: Mapping[str, int] | None = None,
     samples: int | None = None,
     provider: str = "cpu",
     options: Observing | None = None,
@@ -173,6 +182,7 @@ def observe(
         proto: the prepared float model.
         tensors: names of float tensors; graph inputs may be among them.
         data: calibration data.
+        axes: tensor -> channel axis, where each channel's statistics are wanted too.
         samples: use only so many samples, chosen by the hash of their content; None: all.
         provider: execution provider, already known to load.
         options: memory and engine.
@@ -185,7 +195,7 @@ def observe(
     """
     options = options or Observing()
     plan = _plan(proto, tensors, data, provider, options)
-    jobs = _jobs(proto, plan, provider, options)
+    jobs = _jobs(proto, plan, axes or {}, provider, options)
     cut = _batching(jobs, data, plan, options)
     run = _Run(data, samples, cut, options.engine, progress, keeper, len(jobs))
     found: dict[str, TensorStatistics] = {}
@@ -235,8 +245,9 @@ class _Run:
                 self._keep(total, whole=False)
         if total is None or not self.samples:
             raise DataError(f"{self.data.description} holds no samples; calibration needs at least one")
-        self._keep(total, whole=True)
         self.swept += 1
+        if self.swept < self.sweeps:
+            self._keep(total, whole=True)
         return total
 
     def _new(self, done: frozenset[int]) -> Iterator[Sample]:
@@ -281,7 +292,9 @@ def _plan(proto: onnx.ModelProto, tensors: Sequence[str], data: Data, provider: 
     return sweeps.plan_sweeps(sizes, options.memory, options.engine.threads)
 
 
-def _jobs(proto: onnx.ModelProto, plan: Sweeps, provider: str, options: Observing) -> list[ObserveJob]:
+def _jobs(
+    proto: onnx.ModelProto, plan: Sweeps, axes: Mapping[str, int], provider: str, options: Observing
+) -> list[ObserveJob]:
     """A job for each sweep; the last one runs the whole model, those before only what their tensors need."""
     spare = plan.threads < options.engine.threads  # fewer batches at once than there are processors
     threads = max(1, cpus() // plan.threads) if spare else 1
@@ -290,7 +303,7 @@ def _jobs(proto: onnx.ModelProto, plan: Sweeps, provider: str, options: Observin
     for group in plan.groups:
         wanted = [name for name in group if name not in inputs]
         model = with_outputs(proto, wanted) if group is plan.groups[-1] else pruned(proto, wanted or group)
-        jobs.append(ObserveJob(model, group, provider, threads))
+        jobs.append(ObserveJob(model, group, axes, provider, threads))
     return jobs
 
 

@@ -19,10 +19,12 @@ if TYPE_CHECKING:
     import onnx_graphsurgeon as gs
 
     from qdqtool.batching import Batching, Sample
+    from qdqtool.cache import Cache
+    from qdqtool.calibration import Calibration
     from qdqtool.comparison import Comparison
     from qdqtool.data import Data
     from qdqtool.model import Header
-    from qdqtool.observe import Progress
+    from qdqtool.observe import Observing, Progress
     from qdqtool.plan import Parameters, Plan
     from qdqtool.recipe import Recipe
     from qdqtool.statistics import Statistics
@@ -82,6 +84,11 @@ class State:
     held: tuple[Sample, ...] = ()
     """Samples for bias correction and verification, chosen by content while observing."""
     batching: Batching | None = None
+    calibration: Calibration | None = None
+    """What ``statistics`` were taken from, and belong to."""
+    observing: Observing | None = None
+    cache: Cache | None = None
+    """Where statistics are kept from run to run."""
     provider: str = "cpu"
     progress: Progress | None = None
     original: onnx.ModelProto | None = None

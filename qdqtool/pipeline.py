@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,11 +12,15 @@ import onnx
 
 import qdqtool
 from qdqtool import model as models
-from qdqtool import registry, runtime
+from qdqtool import registry, runtime, statistics_file
+from qdqtool.cache import Cache, default_folder
+from qdqtool.calibration import Calibration
+from qdqtool.collect import collect
 from qdqtool.data import Data, open_data
+from qdqtool.engine import Engine
 from qdqtool.errors import DataError
 from qdqtool.model import ModelSource
-from qdqtool.observe import Progress
+from qdqtool.observe import Observing, Progress
 from qdqtool.passes import (
     AddBias,
     ChooseRanges,
@@ -33,13 +37,15 @@ from qdqtool.passes import (
     PointwiseToGemm,
     RaiseOpset,
     RemoveIdentity,
+    UseStatistics,
     Verify,
 )
 from qdqtool.passes_api import Callback, Fact, Pass, PassManager, State, Timing
 from qdqtool.plan import Plan
-from qdqtool.recipe import Recipe
+from qdqtool.recipe import BASE_OPSET, Recipe
 from qdqtool.report.values import Report, make_report
-from qdqtool.target import target
+from qdqtool.sweeps import parse_bytes
+from qdqtool.target import TARGETS, target
 
 RECIPE_KEY = "qdqtool.recipe"
 VERSION_KEY = "qdqtool.version"
@@ -67,16 +73,19 @@ class Result:
         return models.save(self.model, path, external_data=self.recipe.external_data)
 
 
-def preparation(recipe: Recipe) -> list[Pass]:
-    """Passes that simplify and fuse the float graph; its outputs stay the same."""
-    passes: list[Pass] = [
+def preparation() -> list[Pass]:
+    """Passes that simplify and fuse the float graph; its outputs stay the same.
+
+    They do not depend on the recipe, so that statistics of the prepared graph serve every recipe and target.
+    """
+    return [
         LiftConstants(),
         # Some shapes are known only after a first folding; and the opset converter must know the axes to convert well.
         InferShapes(),
         FoldConstants(),
         InferShapes(),
         FoldConstants(),
-        RaiseOpset(recipe.min_opset),
+        RaiseOpset(),
         InferShapes(),
         RemoveIdentity(),
         FuseLinearBias(),
@@ -84,22 +93,34 @@ def preparation(recipe: Recipe) -> list[Pass]:
         FoldScaleShift(),
         InferShapes(),
         PointwiseToGemm(),
+        AddBias(),
     ]
-    return [*passes, *([AddBias()] if recipe.bias_correction else [])]
 
 
-def quantization(recipe: Recipe) -> list[Pass]:
-    """Passes from the prepared float graph to the verified QDQ graph."""
-    refine: list[Pass] = [CorrectBias()] if recipe.bias_correction else []
-    return [PlanQuantization(), Observe(), ChooseRanges(), *refine, InsertQdq(), Verify()]
+def quantization(recipe: Recipe, *, given: bool = False, data: bool = True) -> list[Pass]:
+    """Passes from the prepared float graph to the verified QDQ graph.
+
+    Args:
+        recipe: the user's choices.
+        given: statistics are given, so nothing is observed.
+        data: there are calibration data; without any, steps that need them are left out.
+    """
+    formats: list[Pass] = [RaiseOpset(recipe.min_opset), InferShapes()] if recipe.min_opset > BASE_OPSET else []
+    refine: list[Pass] = [CorrectBias()] if recipe.bias_correction and data else []
+    observe = UseStatistics() if given else Observe()
+    return [PlanQuantization(), observe, ChooseRanges(), *formats, *refine, InsertQdq(), Verify()]
 
 
 def quantize(
     model: ModelSource,
-    data: object,
+    data: object = None,
     *,
+    statistics: str | os.PathLike[str] | Calibration | None = None,
     recipe: Recipe | Mapping[str, object] | None = None,
     provider: str = "auto",
+    memory: int | str | None = None,
+    engine: Engine | None = None,
+    cache: bool | str | os.PathLike[str] = True,
     progress: Progress | None = None,
     callback: Callback | None = None,
     **fields: object,
@@ -110,8 +131,14 @@ def quantize(
         model: path or ModelProto; never changed.
         data: calibration data: an .npz, .npy or folder of them, a dict of arrays, ``test_data_set_*`` folders, a folder
             of images, any iterable of dicts, an object with ``get_next()``, or "synthetic:N".
+        statistics: a statistics file, or what :func:`calibrate` gave, instead of observing the data. Without data as
+            well, biases are not corrected and the result is not compared with the float model; its report says so.
         recipe: a :class:`Recipe` or its fields; ``fields`` override it.
         provider: "auto" (CUDA where it loads, else the CPU), "cpu", "cuda" or "tensorrt": where models run meanwhile.
+        memory: what observed activations may take, in bytes or as in "4GB"; where they take more, the data pass
+            several times. None: half of the machine's memory.
+        engine: where observation runs, such as :class:`qdqtool.engine_ray.Ray`; None: here.
+        cache: keep statistics between runs, in the user's cache folder or the one named here.
         progress: told after every batch.
         callback: called after every pass with the pass, the state and its timing.
         **fields: recipe fields, e.g. ``target="cpu"``, ``calibrator="percentile"``, ``nodes_to_exclude=["head/.*"]``.
@@ -122,12 +149,86 @@ def quantize(
     chosen = make_recipe(recipe, fields)
     state, facts = load(model, chosen, provider)
     state.progress = progress
-    opening = contextlib.nullcontext(data) if isinstance(data, Data) else _open(data, state)
-    with opening as opened:
+    state.observing, state.cache = _observing(memory, engine), _cache(cache)
+    if statistics is not None:
+        state.calibration = statistics if isinstance(statistics, Calibration) else statistics_file.read(statistics)
+    with _opened(data, state) as opened:
         state.data = opened
-        manager = PassManager([*preparation(chosen), *quantization(chosen)], callback)
-        timings = manager.run(state, facts | {Fact.DATA})
-        return _result(state, timings, synthetic=opened.synthetic)
+        steps = quantization(chosen, given=statistics is not None, data=opened is not None)
+        manager = PassManager([*preparation(), *steps], callback)
+        timings = manager.run(state, facts if opened is None else facts | {Fact.DATA})
+        return _result(state, timings)
+
+
+def calibrate(
+    model: ModelSource,
+    data: object,
+    *,
+    targets: Sequence[str] | None = None,
+    recipe: Recipe | Mapping[str, object] | None = None,
+    provider: str = "auto",
+    memory: int | str | None = None,
+    engine: Engine | None = None,
+    cache: bool | str | os.PathLike[str] = True,
+    progress: Progress | None = None,
+    **fields: object,
+) -> Calibration:
+    """Observe a model's activations once, for :func:`quantize` to use with any calibrator, bit width and target.
+
+    Args:
+        model: path or ModelProto; never changed.
+        data: as for :func:`quantize`.
+        targets: whose activations to observe; None: those of every target that this program knows.
+        recipe: a :class:`Recipe` or its fields, where it quantizes tensors that a target alone would not; ``fields``
+            override it.
+        provider: as for :func:`quantize`.
+        memory: as for :func:`quantize`.
+        engine: as for :func:`quantize`.
+        cache: as for :func:`quantize`.
+        progress: as for :func:`quantize`.
+        **fields: recipe fields.
+
+    Raises:
+        QdqError: one of its kinds says what is wrong and what to do.
+    """
+    chosen = make_recipe(recipe, fields)
+    state, facts = load(model, chosen, provider)
+    prepare = PassManager(preparation())
+    prepare.run(state, facts)
+    facts = prepare.check(facts)
+    tensors: dict[str, None] = {}
+    axes: dict[str, int] = {}
+    for name in TARGETS if targets is None else targets:
+        state.target = target(name)
+        PassManager([PlanQuantization()]).run(state, facts)
+        assert state.plan is not None
+        tensors |= dict.fromkeys(state.plan.observed())
+        axes |= state.plan.channel_axes()
+    with _opened(data, state) as opened:
+        assert opened is not None
+        found = collect(
+            models.to_proto(state.graph, state.header),
+            list(tensors),
+            opened,
+            axes=axes,
+            samples=chosen.samples,
+            provider=state.provider,
+            options=_observing(memory, engine),
+            cache=_cache(cache),
+            progress=progress,
+        )
+    return found.calibration
+
+
+def _observing(memory: int | str | None, engine: Engine | None) -> Observing:
+    budget = None if memory is None else parse_bytes(memory)
+    return Observing(budget) if engine is None else Observing(budget, engine)
+
+
+def _cache(wanted: bool | str | os.PathLike[str]) -> Cache | None:
+    if isinstance(wanted, bool):
+        return Cache(default_folder()) if wanted else None
+    return Cache(Path(wanted))
 
 
 def dry_run(
@@ -140,7 +241,7 @@ def dry_run(
     """Prepare the model and plan its quantization without data; the state holds plan, skipped candidates and notes."""
     chosen = make_recipe(recipe, fields)
     state, facts = load(model, chosen, "cpu")
-    timings = PassManager([*preparation(chosen), PlanQuantization()], callback).run(state, facts)
+    timings = PassManager([*preparation(), PlanQuantization()], callback).run(state, facts)
     return state, timings
 
 
@@ -174,17 +275,37 @@ def load(model: ModelSource, recipe: Recipe, provider: str) -> tuple[State, froz
     return state, frozenset()
 
 
-def _open(data: object, state: State) -> Data:
-    if data is None:
+@contextlib.contextmanager
+def _opened(data: object, state: State) -> Iterator[Data | None]:
+    """The user's data, open; None where there are none and statistics are given instead."""
+    if data is None and state.calibration is not None:
+        if state.recipe.min_sqnr is not None:
+            raise DataError("--min-sqnr compares on data; give calibration data beside the statistics, or leave it out")
+        state.notes += _left_out(state.recipe)
+        yield None
+    elif isinstance(data, Data):
+        yield data
+    elif data is None:
         raise DataError(
             "quantization needs calibration data: pass an .npz, a folder, arrays or an iterable of feeds "
-            "(or 'synthetic:N' for a trial whose ranges mean nothing)"
+            "(or 'synthetic:N' for a trial whose ranges mean nothing), or statistics observed before"
         )
-    assert state.original is not None
-    return open_data(data, models.inputs(state.original), images=state.recipe.images, seed=state.recipe.seed)
+    else:
+        assert state.original is not None
+        inputs = models.inputs(state.original)
+        with open_data(data, inputs, images=state.recipe.images, seed=state.recipe.seed) as opened:
+            yield opened
 
 
-def _result(state: State, timings: tuple[Timing, ...], *, synthetic: bool) -> Result:
+def _left_out(recipe: Recipe) -> list[str]:
+    """What cannot be done with statistics alone, in words."""
+    found = ["not compared with the float model: that needs data beside the statistics; it was checked and loaded"]
+    if recipe.bias_correction:
+        found.append("biases were not corrected: that needs data beside the statistics")
+    return found
+
+
+def _result(state: State, timings: tuple[Timing, ...]) -> Result:
     assert state.quantized is not None
     assert state.original is not None
     assert state.plan is not None
@@ -193,6 +314,7 @@ def _result(state: State, timings: tuple[Timing, ...], *, synthetic: bool) -> Re
         RECIPE_KEY: state.recipe.to_json(),
         FLOAT_KEY: state.float_sha256,
     }
+    synthetic = state.calibration is not None and state.calibration.synthetic
     if synthetic:
         extra[SYNTHETIC_KEY] = "ranges come from random data"
     proto = models.to_proto(state.quantized, state.header, extra)

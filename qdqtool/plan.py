@@ -94,6 +94,14 @@ class Plan:
         wanted = [self.tensors[key] for key, spec in self.specs() if key not in self.constants and spec.fixed is None]
         return tuple(dict.fromkeys(wanted))
 
+    def channel_axes(self) -> dict[str, int]:
+        """Observed tensor -> its channel axis, where each channel gets a range of its own."""
+        return {
+            self.tensors[key]: spec.granularity.axis
+            for key, spec in self.specs()
+            if key not in self.constants and spec.fixed is None and spec.granularity.axis is not None
+        }
+
     def activation_of(self, node: str, index: int, tensor: str) -> Key | None:
         """The key under which a node's input is quantized: its own use, or what its tensor's producer puts out."""
         for key in (Use(node, index), Output(tensor)):

@@ -15,6 +15,8 @@ from qdqtool.errors import RecipeError, nearest
 from qdqtool.images import ImagePreprocessing
 from qdqtool.spec import FORMATS, Format
 
+BASE_OPSET = 13
+"""Opset that every model is raised to: the first with a scale for each channel."""
 _STRICT = ConfigDict(strict=True, extra="forbid", frozen=True, allow_inf_nan=False)
 Names = Annotated[tuple[str, ...], BeforeValidator(lambda v: (v,) if isinstance(v, str) else v), Field(strict=False)]
 Interval = Annotated[tuple[float, float], Field(strict=False)]
@@ -128,7 +130,7 @@ class Recipe(BaseModel):
     def min_opset(self) -> int:
         """Least opset of the default domain that has per-channel Q/DQ and every number format asked for."""
         wanted = [o.dtype for o in (*self.tensors.values(), *self.nodes.values()) if o.dtype is not None]
-        return max([13, *(FORMATS[name].min_opset for name in wanted)])
+        return max([BASE_OPSET, *(FORMATS[name].min_opset for name in wanted)])
 
     @classmethod
     def of(cls, values: Mapping[str, object]) -> Recipe:

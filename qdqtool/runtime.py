@@ -91,6 +91,13 @@ def optimized(proto: onnx.ModelProto, *, provider: str = "cpu") -> onnx.ModelPro
         return onnx.load(path)
 
 
+def describe(provider: str) -> str:
+    """What computes values, as in ``onnxruntime 1.31.1, cpu``: with another version or provider bits may differ."""
+    import onnxruntime as ort
+
+    return f"onnxruntime {ort.__version__}, {provider}"
+
+
 def resolve_provider(wanted: str) -> tuple[str, str | None]:
     """Choose the execution provider.
 

@@ -17,6 +17,7 @@ from typing import Any, Final
 import numpy as np
 import numpy.typing as npt
 
+from qdqtool.channel_statistics import ChannelStatistics
 from qdqtool.errors import StatisticsError
 from qdqtool.histogram import CHUNK, Bins, Histogram
 
@@ -25,9 +26,14 @@ RECORD: Final = np.dtype([("sample", "S16"), ("position", np.int64), ("lo", np.f
 
 
 class TensorStatistics:
-    """What was seen of one tensor; ``observe`` adds to it, ``|`` merges two exactly."""
+    """What was seen of one tensor; ``observe`` adds to it, ``|`` merges two exactly.
 
-    def __init__(self) -> None:
+    Args:
+        axis: collect statistics of each channel along this axis too.
+    """
+
+    def __init__(self, axis: int | None = None) -> None:
+        self.channels = None if axis is None else ChannelStatistics(axis)
         self.histogram = Histogram()
         self.nan = 0
         self.inf = 0
@@ -36,6 +42,24 @@ class TensorStatistics:
         )
         self._records: list[npt.NDArray[Any]] = [np.empty(0, RECORD)]
         self._ordered = True  # whether the records are one array, by position
+
+    @classmethod
+    def of(
+        cls,
+        histogram: Histogram,
+        records: npt.NDArray[Any],
+        *,
+        nan: int = 0,
+        inf: int = 0,
+        first_non_finite: tuple[int, bytes] | None = None,
+        channels: ChannelStatistics | None = None,
+    ) -> TensorStatistics:
+        """Statistics put together from their parts; ``records`` of :data:`RECORD`."""
+        made = cls()
+        made.histogram, made.channels = histogram, channels
+        made.nan, made.inf, made.first_non_finite = nan, inf, first_non_finite
+        made._records, made._ordered = [records], False
+        return made
 
     def observe(self, values: npt.NDArray[Any], samples: Sequence[tuple[bytes, int]]) -> None:
         """Add a batch.
@@ -54,6 +78,8 @@ class TensorStatistics:
         for start in range(0, rows, block) if flat.size else ():
             part = slice(start, start + block)
             record["lo"][part], record["hi"][part] = self._count(flat[part], samples[part])
+        if self.channels is not None:
+            self.channels.observe(values, rows)
         self._records.append(record)
         self._ordered = False
         self.__dict__.pop("bins", None)
@@ -127,24 +153,48 @@ class TensorStatistics:
         found = float(reduce.reduce(values)) if values.size else 0.0
         return 0.0 if np.isnan(found) else found
 
+    def shifted(self, by: int) -> TensorStatistics:
+        """The same statistics of samples that lie ``by`` positions further on in the data."""
+        records, first = self.records.copy(), self.first_non_finite
+        records["position"] += by
+        return TensorStatistics.of(
+            self.histogram,
+            records,
+            nan=self.nan,
+            inf=self.inf,
+            first_non_finite=None if first is None else (first[0] + by, first[1]),
+            channels=self.channels,
+        )
+
     def __or__(self, other: TensorStatistics) -> TensorStatistics:
-        merged = TensorStatistics()
-        merged.histogram = self.histogram | other.histogram
-        merged.nan, merged.inf = self.nan + other.nan, self.inf + other.inf
         found = [f for f in (self.first_non_finite, other.first_non_finite) if f is not None]
-        merged.first_non_finite = min(found, default=None)
-        merged._records, merged._ordered = [*self._records, *other._records], False
-        return merged
+        return TensorStatistics.of(
+            self.histogram | other.histogram,
+            np.concatenate([self.records, other.records]),
+            nan=self.nan + other.nan,
+            inf=self.inf + other.inf,
+            first_non_finite=min(found, default=None),
+            channels=_both(self.channels, other.channels),
+        )
 
     def __eq__(self, other: object) -> bool:
         """Same content; the order in which samples came does not count."""
         if not isinstance(other, TensorStatistics):
             return NotImplemented
-        same = (self.nan, self.inf, self.histogram) == (other.nan, other.inf, other.histogram)
+        same = (self.nan, self.inf, self.histogram, self.channels) == (
+            other.nan,
+            other.inf,
+            other.histogram,
+            other.channels,
+        )
         mine, theirs = (s.records[np.argsort(s.records["sample"], kind="stable")] for s in (self, other))
         return same and all(mine[name].tobytes() == theirs[name].tobytes() for name in ("sample", "lo", "hi"))
 
     __hash__ = None  # type: ignore[assignment]  # a counter that changes is no key
+
+
+def _both(one: ChannelStatistics | None, other: ChannelStatistics | None) -> ChannelStatistics | None:
+    return one | other if one is not None and other is not None else one if other is None else other
 
 
 @dataclass(frozen=True)
@@ -167,8 +217,13 @@ class Statistics:
         """Positions in the data of the samples they come from."""
         return frozenset(p for stats in [*self.tensors.values()][:1] for p in stats.records["position"].tolist())
 
+    def shifted(self, by: int) -> Statistics:
+        """The same statistics of samples that lie ``by`` positions further on in the data."""
+        return Statistics({name: stats.shifted(by) for name, stats in self.tensors.items()}, self.samples)
+
     def __or__(self, other: Statistics) -> Statistics:
-        names = dict.fromkeys([*self.tensors, *other.tensors])
-        empty = TensorStatistics()
-        merged = {n: self.tensors.get(n, empty) | other.tensors.get(n, empty) for n in names}
-        return Statistics(merged, self.samples + other.samples)
+        """Statistics of the samples of both."""
+        tensors = dict(self.tensors)
+        for name, stats in other.tensors.items():
+            tensors[name] = tensors[name] | stats if name in tensors else stats
+        return Statistics(tensors, self.samples + other.samples)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import sys
+import uuid
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,14 @@ import pytest
 ROOT = Path(__file__).parents[1]
 ZOO = ROOT.parent / "shared" / "zoo"
 NO_ZOO = f"no real models in {ZOO.parent.name}/{ZOO.name} beside the project"
+
+
+@pytest.fixture(autouse=True)
+def own_cache(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An empty cache for each test: nothing comes from another test or from the user, or goes to them."""
+    folder = tmp_path_factory.getbasetemp() / f"cache-{uuid.uuid4().hex}"
+    monkeypatch.setenv("QDQTOOL_CACHE_DIR", str(folder))
+    return folder
 
 
 @pytest.fixture(scope="session")

@@ -94,7 +94,7 @@ def calibrated(proto: onnx.ModelProto, fed: Arrays, target: str) -> State:
     state, facts = pipeline.load(proto, recipe, "cpu")
     with sources.open_data(fed, models.inputs(proto)) as opened:
         state.data = opened
-        passes = [*pipeline.preparation(recipe), PlanQuantization(), Observe(), ChooseRanges()]
+        passes = [*pipeline.preparation(), PlanQuantization(), Observe(), ChooseRanges()]
         PassManager(passes).run(state, facts | {Fact.DATA})
     return state
 

@@ -69,8 +69,11 @@ def test_a_value_that_is_not_finite_is_reported_with_its_sample(calibrator: str,
     x = feeds(TWO)["x"]
     x[7, 0, 0, 0] = bad
     result = quantized(TWO, x, target=target, calibrator=calibrator)
-    kind = "1 NaN and 0 infinite" if np.isnan(bad) else "0 NaN and 1 infinite"
-    assert any(f"'x' held {kind} values, first in sample 7" in note for note in result.report.notes)
+    assert result.report.calibration is not None
+    told = result.report.calibration.tensors["x"]
+    assert (told.nan, told.inf) == ((1, 0) if np.isnan(bad) else (0, 1))
+    assert told.first_non_finite is not None
+    assert told.first_non_finite.position == 7
     assert all(np.isfinite(a).all() for a in constants(result.model).values() if a.dtype == np.float32)
     clean = worst(TWO, quantized(TWO, feeds(TWO)["x"], target=target, calibrator=calibrator), feeds(TWO)["x"])
     assert worst(TWO, result, feeds(TWO)["x"]) >= clean - 1
@@ -82,7 +85,11 @@ def test_a_value_that_overflows_inside_the_model_spoils_no_bias() -> None:
     x = feeds(proto)["x"]
     x[3] *= 1000
     result = quantized(proto, x)
-    assert any("'e' held" in note and "first in sample 3" in note for note in result.report.notes)
+    assert result.report.calibration is not None
+    told = result.report.calibration.tensors["e"]
+    assert told.inf > 0
+    assert told.first_non_finite is not None
+    assert told.first_non_finite.position == 3
     assert all(np.isfinite(a).all() for a in constants(result.model).values() if a.dtype == np.float32)
 
 

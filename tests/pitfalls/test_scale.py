@@ -33,7 +33,7 @@ def deep(layers: int) -> onnx.ModelProto:
 def prepared(layers: int) -> State:
     recipe = pipeline.make_recipe(None, {"target": "cpu"})
     state, facts = pipeline.load(deep(layers), recipe, "cpu")
-    PassManager([*pipeline.preparation(recipe), PlanQuantization()]).run(state, facts)
+    PassManager([*pipeline.preparation(), PlanQuantization()]).run(state, facts)
     return state
 
 

@@ -1,0 +1,37 @@
+"""Take the statistics of planned activations from a calibration made before, instead of observing."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from qdqtool import model as models
+from qdqtool import observe
+from qdqtool.batching import choose
+from qdqtool.calibration import ModelKey
+from qdqtool.passes_api import Fact, State
+
+
+@dataclass(frozen=True)
+class UseStatistics:
+    """Take the statistics of planned activations from a calibration made before."""
+
+    name: ClassVar[str] = "use-statistics"
+    needs: ClassVar[frozenset[Fact]] = frozenset({Fact.PLAN})
+    gives: ClassVar[frozenset[Fact]] = frozenset({Fact.STATISTICS})
+    drops: ClassVar[frozenset[Fact]] = frozenset({Fact.PARAMS})
+
+    def run(self, state: State) -> int:
+        """Set ``state.statistics``, and ``state.held`` where there are data; returns the number of tensors used.
+
+        Raises:
+            StatisticsError: the statistics belong to another model, or lack a tensor.
+        """
+        assert state.plan is not None
+        assert state.calibration is not None
+        given, tensors = state.calibration, state.plan.observed()
+        given.require(ModelKey.of(models.to_proto(state.graph, state.header)), tensors, given.description)
+        state.statistics, state.batching = given.only(tensors), given.batching
+        if state.data is not None:
+            state.held = tuple(choose(given.batching.samples(state.data), observe.HELD))
+        return len(tensors)
