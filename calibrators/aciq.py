@@ -7,7 +7,7 @@ either distribution that finds the distribution.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 from qdqtool.affine import expected_error
@@ -27,13 +27,17 @@ class Aciq:
 
     def choose(self, stats: TensorStatistics, spec: QuantSpec) -> Range:
         """Return the range of the prior that errs less; Laplace's on a tie."""
-        errors = self.explain(stats, spec)
-        prior = AciqGauss() if errors[AciqGauss.name] < errors[AciqLaplace.name] else AciqLaplace()
-        return prior.choose(stats, spec)
+        ranges, errors = _compared(stats, spec)
+        prior = AciqGauss.name if errors[AciqGauss.name] < errors[AciqLaplace.name] else AciqLaplace.name
+        return replace(ranges[prior], errors=errors)
 
     def explain(self, stats: TensorStatistics, spec: QuantSpec) -> dict[str, float]:
         """Expected squared error under each prior, by the name of its calibrator."""
-        priors: tuple[Calibrator, ...] = (AciqLaplace(), AciqGauss())
-        ranges = [p.choose(stats, spec) for p in priors]
-        errors = expected_error(stats.bins, [r.lo for r in ranges], [r.hi for r in ranges], spec)
-        return {p.name: float(e) for p, e in zip(priors, errors, strict=True)}
+        return _compared(stats, spec)[1]
+
+
+def _compared(stats: TensorStatistics, spec: QuantSpec) -> tuple[dict[str, Range], dict[str, float]]:
+    priors: tuple[Calibrator, ...] = (AciqLaplace(), AciqGauss())
+    ranges = {p.name: p.choose(stats, spec) for p in priors}
+    errors = expected_error(stats.bins, [r.lo for r in ranges.values()], [r.hi for r in ranges.values()], spec)
+    return ranges, {name: float(error) for name, error in zip(ranges, errors, strict=True)}

@@ -20,7 +20,7 @@ from typing import ClassVar
 import numpy as np
 
 from qdqtool.calibrator_api import Stat
-from qdqtool.distribution import Side, is_zero, partial_counts, within
+from qdqtool.distribution import Side, is_zero, within
 from qdqtool.histogram import Bins
 from qdqtool.spec import FloatArray, QuantSpec, Range
 from qdqtool.statistics import TensorStatistics
@@ -29,6 +29,7 @@ _UNIFORM = 4096  # bins of equal width that the log histogram is cut into, its m
 _SLICE = 512  # bins of a slice, about
 _SHARES = np.geomspace(1, 0.125, 20)  # candidates for an end, the widest first, as shares of the table's
 _ZOOMS = 12
+_TINY = float(np.finfo(np.float64).tiny)
 
 
 @dataclass(frozen=True)
@@ -47,22 +48,39 @@ class Entropy:
         """Return the range of least divergence, the wider one among equals."""
         side = Side.of(stats, spec)
         levels = (spec.steps + 1) // 2 if side is Side.MAGNITUDE else spec.steps + 1
-        # Subnormals share the bin of zeros: where nothing else was seen, there is nothing to tell apart.
-        if is_zero(stats) or stats.bins.zeros == stats.count or 2 * levels > _SLICE:
+        if is_zero(stats) or 2 * levels > _SLICE:
+            return within(stats, stats.lo, stats.hi)
+        counts = _Counts(stats.bins)
+        if counts.total == 0:  # subnormals share the bin of zeros: there is nothing to tell apart
             return within(stats, stats.lo, stats.hi)
         if side is Side.BOTH:
-            return within(stats, *_search(stats.bins, stats.lo, stats.hi, levels))
-        _, threshold = _search(stats.bins, 0.0, max(-stats.lo, stats.hi), levels)
+            return within(stats, *_search(counts, stats.lo, stats.hi, levels))
+        _, threshold = _search(counts, 0.0, max(-stats.lo, stats.hi), levels)
         return within(stats, *side.ends(threshold))
 
 
-def _search(bins: Bins, lo: float, hi: float, levels: int) -> tuple[float, float]:
+class _Counts:
+    """How many values other than exact zeros lie under any point; those of a bin are spread evenly over it."""
+
+    def __init__(self, bins: Bins) -> None:
+        seen = np.cumsum(np.where((bins.lo == 0) & (bins.hi == 0), 0, bins.count), dtype=np.float64)
+        self.total = float(seen[-1])
+        self._edges = np.stack([bins.lo, bins.hi], axis=1).ravel()
+        self._seen = np.concatenate([[0.0], np.repeat(seen, 2)[:-1]])
+
+    def under(self, x: FloatArray) -> FloatArray:
+        """Their number under each x."""
+        number: FloatArray = np.interp(x, self._edges, self._seen)
+        return number
+
+
+def _search(counts: _Counts, lo: float, hi: float, levels: int) -> tuple[float, float]:
     """Ends of the slice of least divergence; of magnitudes where ``lo`` is 0.
 
     Where the narrowest candidate wins, the histogram is cut at twice that end and searched again in finer bins.
     """
     for _ in range(_ZOOMS):
-        shares = _sweeps(_Table(bins, lo, hi), levels)
+        shares = _sweeps(_Table(counts, lo, hi), levels)
         least = shares == _SHARES[-1]
         if not least.any():
             break
@@ -79,14 +97,12 @@ class _Table:
         total: number of values, exact zeros left out.
     """
 
-    def __init__(self, bins: Bins, lo: float, hi: float) -> None:
-        self.lo, self.hi = lo, hi
-        self.total = float(bins.prefix[0, -1] - bins.prefix[0, 0])
+    def __init__(self, counts: _Counts, lo: float, hi: float) -> None:
+        self.lo, self.hi, self.total = lo, hi, counts.total
         edges = np.linspace(lo, hi, _UNIFORM + 1)
+        self.under = counts.under(edges)
         if lo == 0:  # magnitudes
-            self.under = partial_counts(bins, edges) - partial_counts(bins, -edges)
-        else:
-            self.under = partial_counts(bins, edges) - bins.prefix[0, 0]
+            self.under -= counts.under(-edges)
 
     def at(self, x: FloatArray) -> FloatArray:
         """Number of values under x."""
@@ -125,9 +141,11 @@ def _divergence(table: _Table, lo: FloatArray, hi: FloatArray, levels: int) -> t
     """
     each = min(_SLICE // levels, 8)
     under = table.at(lo[:, None] + (hi - lo)[:, None] * np.linspace(0, 1, levels * each + 1))
-    mass = np.maximum(np.diff(under, axis=1), 0)
-    grouped = mass.reshape(lo.size, levels, each)
-    level, occupied = grouped.sum(axis=2), np.count_nonzero(grouped, axis=2)
+    mass = np.maximum(under[:, 1:] - under[:, :-1], 0)
+    level, occupied = np.zeros((2, lo.size, levels))
+    for part in range(each):  # a sum over an axis so short would be slow
+        level += mass[:, part::each]
+        occupied += mass[:, part::each] > 0
     kept = np.maximum(level.sum(axis=1), 1)
     log_q = _log(level / (np.maximum(occupied, 1) * kept[:, None]))
     divergence = (mass * _log(mass / table.total)).sum(axis=1) - (level * log_q).sum(axis=1)
@@ -142,4 +160,5 @@ def _divergence(table: _Table, lo: FloatArray, hi: FloatArray, levels: int) -> t
 
 
 def _log(x: FloatArray) -> FloatArray:
-    return np.log(np.where(x > 0, x, 1.0))
+    """Logarithm, and some finite number for 0: every use multiplies it by 0 there."""
+    return np.log(np.maximum(x, _TINY))

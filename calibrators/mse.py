@@ -3,9 +3,8 @@
 First the model E(a, b) of :mod:`qdqtool.distribution` (clipping plus Δ²/12) on a geometric grid over three decades,
 refined around its least cell; then the exact error of :func:`qdqtool.affine.expected_error` around that point, where
 end codes, the rounded zero point and discrete values count, with minmax, and ranges a step wider, among the
-candidates. Sung, Shin, Hwang:
-Resiliency of deep neural networks under quantization, 2015 (L2-optimal step); Choukroun et al.: Low-bit quantization
-of neural networks, 2019.
+candidates. Sung, Shin, Hwang: Resiliency of deep neural networks under quantization, 2015 (L2-optimal step);
+Choukroun et al.: Low-bit quantization of neural networks, 2019.
 """
 
 from __future__ import annotations
@@ -19,14 +18,19 @@ import numpy.typing as npt
 from qdqtool.affine import expected_error, params_from_range
 from qdqtool.calibrator_api import Stat
 from qdqtool.distribution import Side, is_zero, tail_error, within
-from qdqtool.spec import FloatArray, QuantSpec, Range
+from qdqtool.histogram import Bins
+from qdqtool.spec import FloatArray, IntArray, QuantSpec, Range
 from qdqtool.statistics import TensorStatistics
 
-_RATIO = 0.85  # of neighbours on the coarse grid
-_GRID: FloatArray = _RATIO ** np.arange(44.0)  # down to 1/1000 of an observed end
-_BUDGET = 4000  # codes looked up in one round of exact scoring
+_COARSE = 32  # points of the grid from one cell to the next, about 15 % apart
+_GRID: FloatArray = 0.995 ** np.arange(1377.0)  # shares of an observed end, down to 1/1000
+_BUDGET = 4000  # codes looked up in one round of exact scoring; three times as many where they may lie on few values
+_FEW = 100  # affordable ranges up to which both ends are scaled together
 _DISCRETE = 4  # occupied bins for each code up to which values may lie on a grid of their own
+_MANY = 1 << 13  # occupied bins above which small values share bins
 _FINE = 4095  # steps above which the model alone is exact enough
+_FAR = 2.0**-10  # of the greatest magnitude: values below it share bins of
+_WIDTH = 2.0**-20  # of it: a quarter of a step even where 8 bits cover 1/1000 of the range
 
 
 @dataclass(frozen=True)
@@ -41,17 +45,13 @@ class Mse:
         if is_zero(stats):
             return within(stats, 0, 0)
         search = _Search(stats, spec)
-        best = search.model(_GRID, np.ones(2))
-        for factors in (np.linspace(_RATIO, 1 / _RATIO, 13), np.linspace(0.97, 1.03, 7)):
-            best = search.model(factors, best)
+        best = search.model()
         candidates = [np.ones(2), best]
-        if spec.steps <= _FINE:
-            for factors in search.rounds():
-                best = search.exact(factors, best)
-            candidates.append(best)
+        for factors in search.rounds():
+            candidates[1:] = [best, search.exact(factors, candidates[-1])]
         inside = [np.concatenate([search.ends(u, v)[end].reshape(1) for u, v in candidates]) for end in (0, 1)]
         lo, hi = (np.concatenate(pair) for pair in zip(inside, search.widened(), strict=True))
-        least = int(np.argmin(expected_error(stats.bins, lo, hi, spec)))
+        least = int(np.argmin(expected_error(search.bins, lo, hi, spec)))
         return within(stats, lo[least], hi[least]) if least < len(candidates) else Range(lo[least], hi[least])
 
 
@@ -62,22 +62,60 @@ class _Search:
     """
 
     def __init__(self, stats: TensorStatistics, spec: QuantSpec) -> None:
-        self.stats, self.spec, self.side = stats, spec, Side.of(stats, spec)
-
-    def rounds(self) -> tuple[FloatArray, FloatArray]:
-        """Factors around the model's best point for two rounds of exact scoring: the fewer codes, the wider."""
-        affordable = _BUDGET / self.spec.steps
-        points, most = (int(affordable**0.5), 15) if self.side is Side.BOTH else (int(affordable), 61)
-        points = max(min(points, most), 3) | 1  # odd: the point itself stays among them
-        spread = 1 + 2.4 / self.spec.steps**0.5
-        finer = spread ** (1.5 / (points - 1))
-        return np.geomspace(1 / spread, spread, points), np.geomspace(1 / finer, finer, points)
+        self.spec, self.side = spec, Side.of(stats, spec)
+        self.lo, self.hi, self.occupied = stats.lo, stats.hi, stats.bins.count.size
+        self.bins = _merged_far_below_top(stats.bins)
+        self.affordable = _BUDGET * (1 if self.occupied > _MANY else 3) // spec.steps
+        self.apart = self.side is Side.BOTH and self.affordable > _FEW
 
     def ends(self, u: npt.ArrayLike, v: npt.ArrayLike) -> tuple[FloatArray, FloatArray]:
         """Both ends of the range at shares u and v."""
         if self.side is Side.BOTH:
-            return np.asarray(u) * self.stats.lo, np.asarray(v) * self.stats.hi
-        return self.side.ends(np.asarray(v) * max(-self.stats.lo, self.stats.hi))
+            return np.asarray(u) * self.lo, np.asarray(v) * self.hi
+        return self.side.ends(np.asarray(v) * max(-self.lo, self.hi))
+
+    def model(self) -> FloatArray:
+        """The point of the grid with the least clipping plus uniform rounding error.
+
+        Every end is looked up once. Both ends together are searched on every 32nd point first, then around the least.
+        """
+        lo, hi = self.ends(_GRID, _GRID)
+        below, above = tail_error(self.bins, lo, -1), tail_error(self.bins, hi, 1)
+        values = self.bins.prefix[0, -1] - self.bins.prefix[0, 0]
+
+        def least(i: IntArray, j: IntArray) -> tuple[int, int]:
+            step = params_from_range(Range(*np.broadcast_arrays(lo[i], hi[j])), self.spec).scale.astype(np.float64)
+            error = below[0][i] + above[0][j] + step**2 / 12 * (values - below[1][i] - above[1][j])
+            at = np.unravel_index(int(np.argmin(error)), error.shape)
+            return int(np.broadcast_to(i, error.shape)[at]), int(np.broadcast_to(j, error.shape)[at])
+
+        every = np.arange(_GRID.size)
+        if self.side is not Side.BOTH:
+            return _GRID[[*least(every, every)]]
+        i, j = least(every[::_COARSE, None], every[::_COARSE])
+        for window in (np.arange(-_COARSE, _COARSE + 1, 4), np.arange(-4, 5)):
+            near_i, near_j = (np.clip(at + window, 0, _GRID.size - 1) for at in (i, j))
+            i, j = least(near_i[:, None], near_j)
+        return _GRID[[i, j]]
+
+    def rounds(self) -> tuple[FloatArray, ...]:
+        """Factors around the model's best point for two rounds of exact scoring: the fewer codes, the wider."""
+        if self.spec.steps > _FINE:
+            return ()
+        points = min(int(self.affordable**0.5), 15) if self.apart else min(self.affordable, 61)
+        points = max(points, 3) | 1  # odd: the point itself stays among them
+        spread = 1 + 2.4 / self.spec.steps**0.5
+        finer = spread ** (1.5 / (points - 1))
+        return np.geomspace(1 / spread, spread, points), np.geomspace(1 / finer, finer, points)
+
+    def exact(self, factors: FloatArray, centre: FloatArray) -> FloatArray:
+        """The point among ``factors`` times ``centre`` of least exact error, the ends apart where affordable."""
+        u, v = (np.minimum(share * factors, 1.0) for share in centre)
+        if self.apart:
+            u, v = np.repeat(u, v.size), np.tile(v, u.size)
+        lo, hi = self.ends(u, v)
+        least = int(np.argmin(expected_error(self.bins, lo, hi, self.spec)))
+        return np.array([u[least], v[least]])
 
     def widened(self) -> tuple[FloatArray, FloatArray]:
         """Ranges up to one and a half steps wider at either end than what was observed; none with one threshold.
@@ -85,34 +123,29 @@ class _Search:
         Values on a grid of their own (pixels scaled to [-1, 1]) can all lie half-way between two codes; then a slightly
         wider range has a third of the error.
         """
-        discrete = self.stats.bins.count.size <= _DISCRETE * (self.spec.steps + 1)
+        discrete = self.occupied <= _DISCRETE * (self.spec.steps + 1)
         if self.side is not Side.BOTH or self.spec.steps > _FINE or not discrete:
             return np.empty(0), np.empty(0)
-        step = (self.stats.hi - self.stats.lo) / self.spec.steps
-        more = np.arange(4) * step / 2
-        return (self.stats.lo - np.repeat(more, 4))[1:], (self.stats.hi + np.tile(more, 4))[1:]
-
-    def model(self, factors: FloatArray, centre: FloatArray) -> FloatArray:
-        """The point among ``factors`` times ``centre`` of least clipping plus uniform rounding error."""
-        u, v = self._around(factors, centre)
-        lo, hi = self.ends(u, v)
-        below, above = tail_error(self.stats.bins, lo, -1), tail_error(self.stats.bins, hi, 1)
-        width = np.broadcast_arrays(lo, hi)
-        step = params_from_range(Range(*width), self.spec).scale.astype(np.float64)
-        inside = self.stats.bins.prefix[0, -1] - self.stats.bins.prefix[0, 0] - below[1] - above[1]
-        return _least(below[0] + above[0] + step**2 / 12 * inside, u, v)
-
-    def exact(self, factors: FloatArray, centre: FloatArray) -> FloatArray:
-        """The same by the exact error."""
-        u, v = self._around(factors, centre)
-        lo, hi = np.broadcast_arrays(*self.ends(u, v))
-        return _least(expected_error(self.stats.bins, lo.ravel(), hi.ravel(), self.spec).reshape(lo.shape), u, v)
-
-    def _around(self, factors: FloatArray, centre: FloatArray) -> tuple[FloatArray, FloatArray]:
-        u, v = (np.minimum(share * factors, 1.0) for share in centre)
-        return (u[:, None], v) if self.side is Side.BOTH else (v, v)
+        more = np.arange(4) * (self.hi - self.lo) / self.spec.steps / 2
+        return (self.lo - np.repeat(more, 4))[1:], (self.hi + np.tile(more, 4))[1:]
 
 
-def _least(error: FloatArray, u: FloatArray, v: FloatArray) -> FloatArray:
-    at = np.unravel_index(int(np.argmin(error)), error.shape)
-    return np.array([np.broadcast_to(share, error.shape)[at] for share in (u, v)])
+def _merged_far_below_top(bins: Bins) -> Bins:
+    """The histogram with the bins of values under 1/1000 of the greatest magnitude merged, to a millionth of it wide.
+
+    No more than about 22,500 bins are left, all far finer than a step. A histogram that is small stays as it is, and so
+    does the bin of exact zeros.
+    """
+    if bins.count.size <= _MANY:
+        return bins
+    top = max(-float(bins.lo[0]), float(bins.hi[-1]))
+    far = slice(np.searchsorted(bins.lo, -_FAR * top), np.searchsorted(bins.hi, _FAR * top, side="right"))
+    lo, hi, count = bins.lo[far], bins.hi[far], bins.count[far]
+    if not count.size:
+        return bins
+    center = (lo + hi) / 2
+    key = np.copysign(np.ceil(np.abs(center) / (_WIDTH * top)), center)
+    starts = np.flatnonzero(np.concatenate([[True], key[1:] != key[:-1]]))
+    merged = (lo[starts], hi[np.append(starts[1:], count.size) - 1], np.add.reduceat(count, starts))
+    parts = zip((bins.lo, bins.hi, bins.count), merged, strict=True)
+    return Bins(*(np.concatenate([whole[: far.start], part, whole[far.stop :]]) for whole, part in parts))

@@ -6,6 +6,7 @@ channel.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import ClassVar, cast
 
@@ -41,14 +42,15 @@ class ChooseRanges:
         choice = state.recipe.calibrator
         calibrator: Calibrator = registry.make("calibrators", choice.name, choice.options)
         params: dict[Key, QuantParams | QuantizedWeight] = {}
-        cache: dict[tuple[str, QuantSpec], QuantParams] = {}
+        cache: dict[tuple[str, QuantSpec], tuple[QuantParams, Mapping[str, float]]] = {}
         for key, spec in state.plan.specs():
             if key not in state.plan.constants:
                 tensor = state.plan.tensors[key]
                 if (tensor, spec) not in cache:
                     stats = state.statistics[tensor] if spec.fixed is None else None
                     cache[tensor, spec] = activation_params(calibrator, stats, spec)
-                params[key] = cache[tensor, spec]
+                params[key], errors = cache[tensor, spec]
+                state.compared |= {key: errors} if errors else {}
         tensors = state.graph.tensors()
         for key, spec in state.plan.specs():
             if key in state.plan.constants:
@@ -97,15 +99,22 @@ def _scale_with_room(values: Array, weight: QuantParams, bias: FloatArray, activ
     return np.where(empty, least, np.maximum(weight.scale, least)).astype(np.float32)
 
 
-def activation_params(calibrator: Calibrator, stats: TensorStatistics | None, spec: QuantSpec) -> QuantParams:
-    """Scale and zero point of an activation: the user's range, or the calibrator's, kept inside the spec's bound."""
+def activation_params(
+    calibrator: Calibrator, stats: TensorStatistics | None, spec: QuantSpec
+) -> tuple[QuantParams, Mapping[str, float]]:
+    """Scale and zero point of an activation: the user's range, or the calibrator's, kept inside the spec's bound.
+
+    Also gives the expected squared error of each calibrator where one chose among others.
+    """
     if spec.fixed is not None or stats is None:
         assert spec.fixed is not None
-        return affine.params_from_range(_fixed(spec.fixed), spec, "set by the user")
+        return affine.params_from_range(_fixed(spec.fixed), spec, "set by the user"), {}
     chosen = calibrator.choose(stats, spec)
+    method = f"{calibrator.name}: {chosen.winner}" if chosen.errors else calibrator.name
+    kept = chosen
     if spec.bound is not None:
-        chosen = Range(np.maximum(chosen.lo, spec.bound[0]), np.minimum(chosen.hi, spec.bound[1]))
-    return affine.params_from_range(chosen, spec, calibrator.name)
+        kept = Range(np.maximum(chosen.lo, spec.bound[0]), np.minimum(chosen.hi, spec.bound[1]))
+    return affine.params_from_range(kept, spec, method), chosen.errors
 
 
 def _fixed(ends: tuple[float, float]) -> Range:

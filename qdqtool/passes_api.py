@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from qdqtool.data import Data
     from qdqtool.model import Header
     from qdqtool.observe import Observing, Progress
-    from qdqtool.plan import Parameters, Plan
+    from qdqtool.plan import Key, Parameters, Plan
     from qdqtool.recipe import Recipe
     from qdqtool.statistics import Statistics
     from qdqtool.target import Target
@@ -80,6 +80,8 @@ class State:
     plan: Plan | None = None
     statistics: Statistics | None = None
     params: Parameters | None = None
+    compared: dict[Key, Mapping[str, float]] = field(default_factory=dict)
+    """Where a calibrator chose among others: the expected squared error of each, by name."""
     quantized: gs.Graph | None = None
     held: tuple[Sample, ...] = ()
     """Samples for bias correction and verification, chosen by content while observing."""

@@ -7,7 +7,8 @@ A :class:`QuantSpec` holds what is decided before any number is known (format, s
 from __future__ import annotations
 
 import enum
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Final
 
 import numpy as np
@@ -111,10 +112,21 @@ def per_channel(axis: int) -> Granularity:
 
 @dataclass(frozen=True)
 class Range:
-    """The real interval ``[lo, hi]`` that codes cover: float64 arrays of shape () or (channels,)."""
+    """The real interval ``[lo, hi]`` that codes cover: float64 arrays of shape () or (channels,).
+
+    Attributes:
+        lo, hi: its ends.
+        errors: where a calibrator chose among others: the expected squared error of each, by name.
+    """
 
     lo: FloatArray
     hi: FloatArray
+    errors: Mapping[str, float] = field(default_factory=dict, kw_only=True)
+
+    @property
+    def winner(self) -> str:
+        """The calibrator whose range it is, of those compared; "" where none were."""
+        return min(self.errors, key=self.errors.__getitem__, default="")
 
     def __post_init__(self) -> None:
         for name in ("lo", "hi"):

@@ -35,6 +35,7 @@ class QuantizedTensor:
         method: who chose the range.
         lo, hi: ends of the range (of all channels together).
         observed: least and greatest value seen, where it was observed.
+        expected_errors: expected squared error of each calibrator, where one chose among others.
     """
 
     key: str
@@ -45,6 +46,7 @@ class QuantizedTensor:
     lo: float
     hi: float
     observed: tuple[float, float] | None = None
+    expected_errors: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -164,6 +166,7 @@ def _tensors(state: State) -> list[QuantizedTensor]:
                 lo=float(chosen.lo.min()),
                 hi=float(chosen.hi.max()),
                 observed=None if stats is None or isinstance(value, QuantizedWeight) else (stats.lo, stats.hi),
+                expected_errors=state.compared.get(key, {}),
             )
         )
     return found

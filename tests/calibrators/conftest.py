@@ -23,8 +23,9 @@ def observed(x: npt.ArrayLike, samples: int = 1) -> TensorStatistics:
 
 def measured_sqnr_db(x: Array, chosen: Range, spec: QuantSpec) -> float:
     """10·log10 of signal over error after a real quantize and dequantize."""
-    error = x.astype(np.float64) - fake_quantize(x, params_from_range(chosen, spec))
-    return float(10 * np.log10((x.astype(np.float64) ** 2).sum() / max((error**2).sum(), 1e-300)))
+    exact = x.astype(np.float64)
+    error = exact - fake_quantize(x, params_from_range(chosen, spec))
+    return float(10 * np.log10(np.square(exact).sum() / max(np.square(error).sum(), 1e-300)))
 
 
 @pytest.fixture(scope="session")
@@ -37,15 +38,25 @@ def sqnr_db() -> Callable[[Array, Range, QuantSpec], float]:
     return measured_sqnr_db
 
 
-@pytest.fixture(scope="session")
-def samples() -> dict[str, Array]:
+def drawn(size: int) -> dict[str, Array]:
+    """Values as activations have them: two-sided, heavy-tailed, behind a ReLU, behind a GELU; float32 (size,)."""
     rng = np.random.default_rng(0)
-    gauss = rng.standard_normal(20_000)
-    drawn = {
+    gauss = rng.standard_normal(size)
+    values = {
         "gauss": gauss,
-        "laplace": rng.laplace(size=20_000),
-        "relu": np.maximum(rng.standard_normal(20_000), 0),
-        "t3": rng.standard_t(3, 20_000),
+        "laplace": rng.laplace(size=size),
+        "relu": np.maximum(rng.standard_normal(size), 0),
+        "t3": rng.standard_t(3, size),
         "gelu": gauss * ndtr(gauss),
     }
-    return {name: values.astype(np.float32) for name, values in drawn.items()}
+    return {name: found.astype(np.float32) for name, found in values.items()}
+
+
+@pytest.fixture(scope="session")
+def samples() -> dict[str, Array]:
+    return drawn(20_000)
+
+
+@pytest.fixture(scope="session")
+def many_samples() -> dict[str, Array]:
+    return drawn(200_000)

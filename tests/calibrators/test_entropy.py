@@ -6,8 +6,9 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from qdqtool.calibrators.entropy import _SHARES, Entropy
+from qdqtool.calibrators.entropy import _SHARES, Entropy, _Counts
 from qdqtool.calibrators.minmax import MinMax
+from qdqtool.distribution import partial_counts
 from qdqtool.spec import FORMATS, QuantSpec, Range
 from qdqtool.statistics import TensorStatistics
 
@@ -17,13 +18,15 @@ Sqnr = Callable[[Array, Range, QuantSpec], float]
 ASYMMETRIC, SYMMETRIC = QuantSpec(FORMATS["uint8"]), QuantSpec(FORMATS["int8"], symmetric=True)
 
 
-@pytest.mark.parametrize("spec", [ASYMMETRIC, SYMMETRIC], ids=str)
-def test_long_tail_gives_an_interior_threshold(observe: Observe, spec: QuantSpec) -> None:
-    x = np.random.default_rng(0).standard_t(3, 200_000).astype(np.float32)
-    shares = Entropy().choose(observe(x), spec).hi / x.max()
-    assert shares < 0.9
-    assert not np.isclose(shares, _SHARES[-1], rtol=0.01)
-    assert shares * x.max() > 4 * x.std()  # not a threshold that clips the body
+@pytest.mark.parametrize(("fmt", "deviations"), [("uint8", 4), ("int8", 4), ("uint4", 3), ("int4", 3)])
+def test_long_tail_gives_an_interior_threshold(
+    observe: Observe, many_samples: dict[str, Array], fmt: str, deviations: int
+) -> None:
+    x = many_samples["t3"]
+    threshold = Entropy().choose(observe(x), QuantSpec(FORMATS[fmt], symmetric=fmt.startswith("int"))).hi
+    assert threshold < 0.9 * x.max()
+    assert not np.isclose(threshold / x.max(), _SHARES[-1], rtol=0.01)  # the first and narrowest candidate
+    assert threshold > deviations * x.std()  # the body is not clipped
 
 
 def test_outlier_far_beyond_the_narrowest_candidate_is_cut_off(observe: Observe, samples: dict[str, Array]) -> None:
@@ -73,3 +76,10 @@ def test_zeros_of_a_relu_do_not_move_the_threshold(observe: Observe, samples: di
 def test_sixteen_bits_keep_the_whole_range(observe: Observe, samples: dict[str, Array]) -> None:
     chosen = Entropy().choose(observe(samples["t3"]), QuantSpec(FORMATS["uint16"]))
     assert (chosen.lo, chosen.hi) == (samples["t3"].min(), samples["t3"].max())
+
+
+def test_counts_under_a_point_leave_zeros_out(observe: Observe, samples: dict[str, Array]) -> None:
+    bins = observe(np.append(samples["gelu"], np.zeros(500, np.float32))).bins
+    points = np.append(np.linspace(bins.lo[0] - 1, bins.hi[-1] + 1, 999), 0)
+    expected = partial_counts(bins, points) - partial_counts(bins, bins.lo[0])
+    np.testing.assert_allclose(_Counts(bins).under(points), expected, atol=1e-6)

@@ -9,7 +9,7 @@ import pytest
 
 from qdqtool.affine import expected_error, fake_quantize, params_from_range
 from qdqtool.calibrators.minmax import MinMax
-from qdqtool.calibrators.mse import Mse
+from qdqtool.calibrators.mse import Mse, _merged_far_below_top
 from qdqtool.spec import FORMATS, QuantSpec, Range
 from qdqtool.statistics import TensorStatistics
 
@@ -17,26 +17,31 @@ Array = npt.NDArray[np.float32]
 Observe = Callable[..., TensorStatistics]
 Sqnr = Callable[[Array, Range, QuantSpec], float]
 SPECS = [QuantSpec(FORMATS[f], symmetric=f.startswith("int")) for f in ("int8", "uint8", "int4", "uint4", "uint2")]
-SHARES = np.geomspace(0.06, 1, 24)
 
 
 def best_by_brute_force(x: Array, spec: QuantSpec, sqnr_db: Sqnr) -> float:
+    """SQNR of the best clip, each tried on the real values: a coarse grid on some of them, a fine one on all; dB."""
     lo, hi = float(x.min()), float(x.max())
-    if spec.symmetric:
-        ranges = [Range(np.array(-s * max(-lo, hi)), np.array(s * max(-lo, hi))) for s in np.geomspace(0.06, 1, 120)]
-    elif lo >= 0:
-        ranges = [Range(np.zeros(()), np.array(s * hi)) for s in np.geomspace(0.06, 1, 120)]
-    else:
-        ranges = [Range(np.array(a * lo), np.array(b * hi)) for a, b in itertools.product(SHARES, SHARES)]
-    return max(sqnr_db(x, r, spec) for r in ranges)
+
+    def measured(values: Array, u: float, v: float) -> float:
+        ends = (-v * max(-lo, hi), v * max(-lo, hi)) if spec.symmetric else (u * min(lo, 0), v * hi)
+        return sqnr_db(values, Range(*map(np.array, ends)), spec)
+
+    if spec.symmetric or lo >= 0:
+        v = max(np.geomspace(0.02, 1, 160), key=lambda share: measured(x[::10], 1, share))
+        return max(measured(x, 1, min(share, 1)) for share in v * np.geomspace(0.9, 1.1, 41))
+    around = np.geomspace(0.78, 1.28, 10)
+    coarse = itertools.product(np.geomspace(0.02, 1, 15), repeat=2)
+    u, v = max(coarse, key=lambda point: measured(x[::10], *point))
+    return max(measured(x, min(a, 1), min(b, 1)) for a, b in itertools.product(u * around, v * around))
 
 
 @pytest.mark.parametrize("spec", SPECS, ids=str)
 @pytest.mark.parametrize("name", ["gauss", "laplace", "relu", "t3", "gelu"])
 def test_measured_error_is_that_of_the_best_clip(
-    observe: Observe, sqnr_db: Sqnr, samples: dict[str, Array], name: str, spec: QuantSpec
+    observe: Observe, sqnr_db: Sqnr, many_samples: dict[str, Array], name: str, spec: QuantSpec
 ) -> None:
-    x = samples[name]
+    x = many_samples[name]
     stats = observe(x)
     found = sqnr_db(x, Mse().choose(stats, spec), spec)
     assert found >= sqnr_db(x, MinMax().choose(stats, spec), spec)
@@ -61,6 +66,20 @@ def test_two_ends_are_cut_apart(observe: Observe) -> None:
     chosen = Mse().choose(observe(x), QuantSpec(FORMATS["uint4"]))
     assert chosen.lo < -2.7
     assert chosen.hi < 0.6 * x.max()
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+def test_merging_small_values_changes_no_error(observe: Observe, sign: int) -> None:
+    rng = np.random.default_rng(2)
+    x = np.append(rng.standard_t(3, 400_000) * np.exp(rng.standard_normal(400_000)), np.zeros(1000)) * sign
+    bins = observe(x).bins
+    merged = _merged_far_below_top(bins)
+    assert merged.count.size < 0.8 * bins.count.size
+    assert (merged.total, merged.zeros, merged.lo[0], merged.hi[-1]) == (x.size, 1000, bins.lo[0], bins.hi[-1])
+    assert (merged.lo[1:] >= merged.hi[:-1]).all()
+    for spec, share in itertools.product(SPECS, (1.0, 0.1, 0.01)):
+        ends = share * bins.lo[0], share * bins.hi[-1], spec
+        assert expected_error(merged, *ends) == pytest.approx(expected_error(bins, *ends), rel=1e-4)
 
 
 @pytest.mark.parametrize("fmt", ["uint2", "uint4", "uint8", "uint16"])
