@@ -136,7 +136,11 @@ class ExactSum:
         counters = np.zeros((len(numbers), 2, self.channels), np.int64)
         for index, number in enumerate(numbers):
             counters[index] = self._windows[number]
-        return {"addends": np.array(self.addends), "windows": np.array(numbers, np.int64), "counters": counters}
+        return {
+            "addends": np.array(self.addends, np.int64),
+            "windows": np.array(numbers, np.int64),
+            "counters": counters,
+        }
 
     @classmethod
     def from_arrays(cls, arrays: Mapping[str, npt.NDArray[Any]]) -> ExactSum:
@@ -171,7 +175,7 @@ class CoarseBins:
         self.pages: IntArray = np.empty(0, np.int64)
         # the first two are for zeros and for values that have no page yet, and empty between calls; pages follow
         self._counts: npt.NDArray[Any] = np.zeros((2, channels, BINS), np.uint32)
-        self._index = np.full(2 * _SIGN, channels * BINS)  # by key, of channel 0's counter in the flat counts
+        self._index = np.full(2 * _SIGN, channels * BINS, np.int64)  # by key, of channel 0's counter in the flat counts
         self._index[::_SIGN] = 0
 
     def widen(self, most: int) -> None:
