@@ -60,7 +60,7 @@ def best_peers(zoo: Path) -> dict[str, tuple[float, str]]:
 def measure(zoo: Any, name: str, fields: dict[str, Any], peers: dict[str, tuple[float, str]]) -> Row:
     case = zoo.load(name)
     start = time.perf_counter()
-    result = qdqtool.quantize(str(case.model), zoo.feeds(case, 100), **fields, provider="cpu")
+    result = qdqtool.quantize(str(case.model), zoo.feeds(case, 100), **fields, provider="cpu", cache=False)
     seconds = time.perf_counter() - start
     before, after = zoo.run(case.model, case), zoo.run(result.model.SerializeToString(), case)
     p = None

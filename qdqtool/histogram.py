@@ -11,6 +11,7 @@ import contextlib
 import itertools
 import mmap
 import threading
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Final
@@ -21,7 +22,7 @@ import numpy.typing as npt
 from qdqtool.spec import FloatArray, IntArray
 
 MANTISSA_BITS: Final = 10
-CHUNK: Final = 1 << 16  # elements; a chunk's temporaries stay in the second-level cache
+_CHUNK: Final = 1 << 16  # elements; a chunk's temporaries stay in the second-level cache
 _SHIFT: Final = 23 - MANTISSA_BITS
 _PAGE: Final = 1 << MANTISSA_BITS  # bins of one power of two
 _SIGN: Final = 1 << 18  # the first bin of negative values
@@ -29,15 +30,15 @@ _SETTLED: Final = 16  # powers of two looked through at once
 _FEW: Final = 1 << 10  # values that are sorted rather than tabled
 _ZEROS: Final = 8  # bins next to 0 that count as zeros
 # Zeros go to _ZEROS counters in turn, as each increment of one counter has to wait for the one before.
-_SPREAD: Final = (np.arange(CHUNK, dtype=np.uint32) % _ZEROS) << _SHIFT
+_SPREAD: Final = (np.arange(_CHUNK, dtype=np.uint32) % _ZEROS) << _SHIFT
 
 
 class _Scratch(threading.local):
     """Each thread's temporaries; new ones for every call would cost a page fault every 1,024 elements."""
 
     def __init__(self) -> None:
-        self.keys = np.empty(CHUNK, np.int64)
-        self.spread = np.empty(CHUNK, np.uint32)
+        self.keys = np.empty(_CHUNK, np.int64)
+        self.spread = np.empty(_CHUNK, np.uint32)
 
 
 _SCRATCH: Final = _Scratch()
@@ -142,8 +143,8 @@ class Histogram:
         self._tabled += values.size
         bits = values.view(np.uint32)
         keys, spread = _SCRATCH.keys, _SCRATCH.spread
-        for start in range(0, bits.size, CHUNK):
-            chunk = bits[start : start + CHUNK]
+        for start in range(0, bits.size, _CHUNK):
+            chunk = bits[start : start + _CHUNK]
             if least >= 0:
                 chunk = np.maximum(chunk, _SPREAD[: chunk.size], out=spread[: chunk.size])
             np.add.at(self._table, np.right_shift(chunk, _SHIFT, out=keys[: chunk.size]), 1)
@@ -210,6 +211,25 @@ class Histogram:
         made._zeros = zeros
         made._add_keys(keys, counts)
         return made
+
+    def mapped(self, function: Callable[[npt.NDArray[np.float32]], npt.NDArray[np.float32]]) -> Histogram:
+        """The histogram with each bin's counts moved to the bin that ``function`` moves its edge next to 0 to."""
+        keys, counts = self.arrays()
+        moved = function((keys << _SHIFT).view(np.float32)).view(np.uint32) >> _SHIFT
+        found, places = np.unique(moved, return_inverse=True)
+        sums = np.zeros(found.size, np.int64)
+        np.add.at(sums, places, counts)
+        zero = (found & (_SIGN - 1)) < _ZEROS
+        return Histogram.from_arrays(self.zeros + int(sums[zero].sum()), found[~zero], sums[~zero])
+
+    @classmethod
+    def of_table(cls, table: IntArray) -> Histogram:
+        """The histogram of counts by the upper 19 bits of float32 values, int64 (2^19,); NaN and Inf are left out."""
+        zeros = int(table.reshape(2, -1)[:, :_ZEROS].sum())
+        keys = np.flatnonzero(table)
+        magnitudes = keys & (_SIGN - 1)
+        keys = keys[(magnitudes >= _ZEROS) & (magnitudes < 0x7F800000 >> _SHIFT)]
+        return cls.from_arrays(zeros, keys.astype(np.uint32), table[keys])
 
     def __or__(self, other: Histogram) -> Histogram:
         merged = Histogram()

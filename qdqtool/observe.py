@@ -16,13 +16,15 @@ from typing import Any, Final, Protocol
 import numpy.typing as npt
 import onnx
 
-from qdqtool import batching, runtime, sweeps
+from qdqtool import batching, device, runtime, sweeps
 from qdqtool import model as models
 from qdqtool.batching import Batch, Batching, Held, Sample
 from qdqtool.data import Data
+from qdqtool.device import DeviceStatistics, Library
 from qdqtool.engine import Engine, Local, cpus
 from qdqtool.errors import DataError, StatisticsError
 from qdqtool.fit import Feeds
+from qdqtool.scopes import read_by
 from qdqtool.statistics import Statistics, TensorStatistics
 from qdqtool.sweeps import Sweeps
 
@@ -52,7 +54,8 @@ class Observing:
     """How to observe; none of it changes what is found.
 
     Attributes:
-        memory: bytes that observed activations may take at any time; None: half of the machine's memory.
+        memory: bytes that observed activations may take at any time, on the GPU where they stay there; None: half of
+            the machine's memory, or of what the GPU has free.
         engine: where batches run.
     """
 
@@ -70,6 +73,7 @@ class Observation:
         batching: how samples were joined.
         sweeps: which tensors were observed together.
         resumed: samples that an interrupted run had observed already.
+        notes: what the user should know.
     """
 
     statistics: Statistics
@@ -77,6 +81,7 @@ class Observation:
     batching: Batching
     sweeps: Sweeps
     resumed: int = 0
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -89,6 +94,8 @@ class ObserveJob:
         axes: tensor -> channel axis, where each channel's statistics are wanted too.
         provider: execution provider, already known to load.
         threads: of the runtime, for each batch.
+        at_once: batches at once, however many threads bring some.
+        library: counts activations on the device where they are computed; None: they come to the host.
     """
 
     model: onnx.ModelProto
@@ -96,6 +103,8 @@ class ObserveJob:
     axes: Mapping[str, int]
     provider: str = "cpu"
     threads: int = 1
+    at_once: int = 1
+    library: Library | None = None
 
     def start(self) -> _Observer:
         """Load the model."""
@@ -126,28 +135,49 @@ class _Observer:
     def __init__(self, job: ObserveJob) -> None:
         inputs = {info.name for info in models.inputs(job.model)}
         self._session = job.session
-        self._tensors, self._axes = job.tensors, job.axes
+        self._tensors, self._axes, self._library = job.tensors, job.axes, job.library
         self._fed = [name for name in job.tensors if name in inputs]
         self._wanted = [name for name in job.tensors if name not in inputs]
+        self._room = threading.BoundedSemaphore(job.at_once)
         self._lock = threading.Lock()
         self._locks = {name: threading.Lock() for name in job.tensors}
         self._clear()
 
     def _clear(self) -> None:
-        self._found = {name: TensorStatistics(self._axes.get(name)) for name in self._tensors}
+        self._found = {name: self._counter(name) for name in self._tensors}
         self._samples = 0
+
+    def _counter(self, name: str) -> TensorStatistics | DeviceStatistics:
+        """On the device where the tensor is computed there, unless its channels are counted too."""
+        if self._library is None or name in self._fed or name in self._axes:
+            return TensorStatistics(self._axes.get(name))
+        return DeviceStatistics(self._library)
 
     def take(self, batch: Batch) -> None:
         """Run the model on a batch and count what comes out."""
-        outputs = runtime.run(self._session, self._wanted, batch.feeds) if self._wanted else []
-        for name in self._fed:
-            self._count(name, batch.feeds[name], batch)
-        for name in reversed(self._wanted):  # each is let go as soon as it is counted
-            self._count(name, outputs.pop(), batch)
+        with self._room:
+            outputs = self._outputs(batch.feeds) if self._wanted else []
+            for name in self._fed:
+                self._count(name, batch.feeds[name], batch)
+            for name in reversed(self._wanted):  # each is let go as soon as it is counted
+                self._count(name, outputs.pop(), batch)
         with self._lock:
             self._samples += len(batch.samples)
 
-    def _count(self, name: str, values: npt.NDArray[Any], batch: Batch) -> None:
+    def _outputs(self, feeds: Feeds) -> list[Any]:
+        """The tensors wanted: arrays, but where a library counts them on the device, what lies there."""
+        if self._library is None:
+            return runtime.run(self._session, self._wanted, feeds)
+        places = {name: "cpu" if name in self._axes else self._library.device for name in self._wanted}
+        outputs = runtime.run_bound(self._session, places, feeds)
+        return [v.numpy() if name in self._axes else v for name, v in zip(self._wanted, outputs, strict=True)]
+
+    def _count(self, name: str, values: Any, batch: Batch) -> None:
+        found = self._found[name]
+        if isinstance(found, DeviceStatistics):
+            with self._locks[name]:
+                found.observe(values, batch)
+            return
         real = batch.real(values)
         if name in self._axes and real.ndim != values.ndim:
             raise StatisticsError(
@@ -155,13 +185,14 @@ class _Observer:
                 "quantize it per tensor"
             )
         with self._locks[name]:
-            self._found[name].observe(real, batch.keys)
+            found.observe(real, batch.keys)
 
     def result(self) -> Statistics:
         """Statistics of the batches since the last call."""
-        found = Statistics(self._found, self._samples)
+        found = {n: f.result() if isinstance(f, DeviceStatistics) else f for n, f in self._found.items()}
+        total = Statistics(found, self._samples)
         self._clear()
-        return found
+        return total
 
 
 def observe(
@@ -194,14 +225,16 @@ def observe(
         ModelError: the runtime cannot run the model on the data.
     """
     options = options or Observing()
-    plan = _plan(proto, tensors, data, provider, options)
-    jobs = _jobs(proto, plan, axes or {}, provider, options)
+    library, note = device.find(provider)
+    plan = sweeps.plan_sweeps(_sizes(proto, tensors, data, provider), *_limits(options, library))
+    jobs = _jobs(ObserveJob(proto, tuple(tensors), axes or {}, provider, library=library), plan, options)
     cut = _batching(jobs, data, plan, options)
     run = _Run(data, samples, cut, options.engine, progress, keeper, len(jobs))
     found: dict[str, TensorStatistics] = {}
     while jobs:
         found.update(run.sweep(jobs.pop(0)).tensors)
-    return Observation(Statistics(found, run.samples), tuple(run.held.samples), cut, plan, run.resumed)
+    notes = () if note is None else (note,)
+    return Observation(Statistics(found, run.samples), tuple(run.held.samples), cut, plan, run.resumed, notes)
 
 
 @dataclass
@@ -280,7 +313,8 @@ def chosen(plan: Batching, data: Data, samples: int | None) -> Iterator[Sample]:
     yield from (sample for sample in plan.samples(data) if sample.position in positions)
 
 
-def _plan(proto: onnx.ModelProto, tensors: Sequence[str], data: Data, provider: str, options: Observing) -> Sweeps:
+def _sizes(proto: onnx.ModelProto, tensors: Sequence[str], data: Data, provider: str) -> dict[str, int]:
+    """Bytes of each tensor's values for one sample that are held for the sake of observing it."""
     sizes = sweeps.known_sizes(proto, tensors)
     if sizes is None:  # the first feed tells
         active = runtime.session(sweeps.measuring(proto, tensors), provider=provider)
@@ -288,22 +322,27 @@ def _plan(proto: onnx.ModelProto, tensors: Sequence[str], data: Data, provider: 
         names = [sweeps.size_name(name) for name in tensors]
         counts = (int(value) for value in runtime.run(active, names, feed))
         sizes = {name: 4 * count for name, count in zip(tensors, counts, strict=True)}
-    sizes |= {info.name: 0 for info in models.inputs(proto) if info.name in sizes}  # they are there anyway
-    return sweeps.plan_sweeps(sizes, options.memory, options.engine.threads)
+    return sizes | {info.name: 0 for info in models.inputs(proto) if info.name in sizes}  # they are there anyway
 
 
-def _jobs(
-    proto: onnx.ModelProto, plan: Sweeps, axes: Mapping[str, int], provider: str, options: Observing
-) -> list[ObserveJob]:
+def _limits(options: Observing, library: Library | None) -> tuple[int | None, int]:
+    """Bytes that observed activations may take (None: half of the machine's memory), and batches at once."""
+    if library is None:
+        return options.memory, options.engine.threads
+    return options.memory or library.free_bytes() // 2, min(options.engine.threads, device.AT_ONCE)
+
+
+def _jobs(whole: ObserveJob, plan: Sweeps, options: Observing) -> list[ObserveJob]:
     """A job for each sweep; the last one runs the whole model, those before only what their tensors need."""
     spare = plan.threads < options.engine.threads  # fewer batches at once than there are processors
     threads = max(1, cpus() // plan.threads) if spare else 1
-    inputs = {info.name for info in models.inputs(proto)}
+    inputs = {info.name for info in models.inputs(whole.model)}
     jobs = []
     for group in plan.groups:
         wanted = [name for name in group if name not in inputs]
-        model = with_outputs(proto, wanted) if group is plan.groups[-1] else pruned(proto, wanted or group)
-        jobs.append(ObserveJob(model, group, axes, provider, threads))
+        last = group is plan.groups[-1]
+        model = with_outputs(whole.model, wanted) if last else pruned(whole.model, wanted or group)
+        jobs.append(replace(whole, model=model, tensors=group, threads=threads, at_once=plan.threads))
     return jobs
 
 
@@ -338,20 +377,10 @@ def pruned(proto: onnx.ModelProto, tensors: Sequence[str]) -> onnx.ModelProto:
     for node in reversed(proto.graph.node):
         if needed.intersection(node.output):
             kept.append(node)
-            needed.update(_read(node))
+            needed.update(read_by(node))
     part = onnx.ModelProto(ir_version=proto.ir_version, opset_import=proto.opset_import, functions=proto.functions)
     part.graph.name = proto.graph.name
     part.graph.node.extend(reversed(kept))
     part.graph.input.extend(proto.graph.input)
     part.graph.initializer.extend(t for t in proto.graph.initializer if t.name in needed)
     return with_outputs(part, tensors)
-
-
-def _read(node: onnx.NodeProto) -> Iterator[str]:
-    """Names that a node and its bodies read."""
-    yield from node.input
-    for attribute in node.attribute:
-        for body in (*attribute.graphs, *([attribute.g] if attribute.HasField("g") else [])):
-            for inner in body.node:
-                yield from _read(inner)
-            yield from (output.name for output in body.output)

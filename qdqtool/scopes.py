@@ -16,6 +16,16 @@ def bodies(graph: onnx.GraphProto) -> Iterator[onnx.GraphProto]:
                 yield from bodies(attribute.g)
 
 
+def read_by(node: onnx.NodeProto) -> Iterator[str]:
+    """Names that a node and the bodies in it read."""
+    yield from node.input
+    for attribute in node.attribute:
+        for body in (*attribute.graphs, *([attribute.g] if attribute.HasField("g") else [])):
+            for inner in body.node:
+                yield from read_by(inner)
+            yield from (output.name for output in body.output)
+
+
 def hoist_shared_constants(graph: onnx.GraphProto) -> None:
     """Keep one copy of a constant that several bodies read, in the top graph; the export gives every reader its own."""
     inner = list(bodies(graph))

@@ -19,10 +19,13 @@ import numpy.typing as npt
 
 from qdqtool.channel_statistics import ChannelStatistics
 from qdqtool.errors import StatisticsError
-from qdqtool.histogram import CHUNK, Bins, Histogram
+from qdqtool.histogram import Bins, Histogram
 
 RECORD: Final = np.dtype([("sample", "S16"), ("position", np.int64), ("lo", np.float32), ("hi", np.float32)])
 """One sample's content hash, its position in the data, and its least and greatest finite value."""
+
+
+_BLOCK: Final = 1 << 18  # elements that are looked at twice, for extremes and counts, while they are in the cache
 
 
 class TensorStatistics:
@@ -74,10 +77,12 @@ class TensorStatistics:
         record = np.empty(rows, RECORD)
         record["sample"], record["position"] = [s for s, _ in samples], [p for _, p in samples]
         record["lo"] = record["hi"] = np.nan
-        block = max(1, CHUNK // max(flat.shape[1], 1))  # extremes and counts while the values are in the cache
-        for start in range(0, rows, block) if flat.size else ():
-            part = slice(start, start + block)
-            record["lo"][part], record["hi"][part] = self._count(flat[part], samples[part])
+        many = max(1, _BLOCK // max(flat.shape[1], 1))  # extremes and counts while the values are in the cache
+        for start in range(0, rows, many) if flat.size else ():
+            part = slice(start, start + many)
+            pieces = [self._count(flat[part, i : i + _BLOCK], samples[part]) for i in range(0, flat.shape[1], _BLOCK)]
+            record["lo"][part] = np.fmin.reduce([lo for lo, _ in pieces])
+            record["hi"][part] = np.fmax.reduce([hi for _, hi in pieces])
         if self.channels is not None:
             self.channels.observe(values, rows)
         self._records.append(record)
