@@ -7,15 +7,21 @@ either distribution that finds the distribution.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
-from typing import ClassVar
+from typing import ClassVar, Final
+
+import numpy as np
 
 from qdqtool.affine import expected_error
 from qdqtool.calibrator_api import Calibrator, Stat
 from qdqtool.calibrators.aciq_gauss import AciqGauss
 from qdqtool.calibrators.aciq_laplace import AciqLaplace
+from qdqtool.distribution import ChannelPriors
 from qdqtool.spec import QuantSpec, Range
 from qdqtool.statistics import TensorStatistics
+
+_BETWEEN: Final = (math.sqrt(1 / 2) + math.sqrt(2 / math.pi)) / 2
 
 
 @dataclass(frozen=True)
@@ -26,7 +32,9 @@ class Aciq:
     needs: ClassVar[frozenset[Stat]] = frozenset({Stat.EXTREMES, Stat.HISTOGRAM})
 
     def choose(self, stats: TensorStatistics, spec: QuantSpec) -> Range:
-        """Return the range of the prior that errs less; Laplace's on a tie."""
+        """Return the range of the prior that errs less, Laplace's on a tie; for channels, of the one that fits each."""
+        if spec.granularity.axis is not None:
+            return _of_channels(stats, spec)
         ranges, errors = _compared(stats, spec)
         prior = AciqGauss.name if errors[AciqGauss.name] < errors[AciqLaplace.name] else AciqLaplace.name
         return replace(ranges[prior], errors=errors)
@@ -34,6 +42,15 @@ class Aciq:
     def explain(self, stats: TensorStatistics, spec: QuantSpec) -> dict[str, float]:
         """Expected squared error under each prior, by the name of its calibrator."""
         return _compared(stats, spec)[1]
+
+
+def _of_channels(stats: TensorStatistics, spec: QuantSpec) -> Range:
+    """Each channel by the prior whose b/σ is nearer to its own: 1/√2 for Laplace, √(2/π) for Gauss."""
+    priors = ChannelPriors.of(stats, spec)
+    laplace = priors.b < _BETWEEN * priors.sigma
+    ranges = [p.choose(stats, spec) for p in (AciqLaplace(), AciqGauss())]
+    lo, hi = (np.where(laplace, getattr(ranges[0], end), getattr(ranges[1], end)) for end in ("lo", "hi"))
+    return Range(lo, hi)
 
 
 def _compared(stats: TensorStatistics, spec: QuantSpec) -> tuple[dict[str, Range], dict[str, float]]:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from qdqtool.calibrator_api import Stat
-from qdqtool.distribution import Side, gauss_clip, is_zero, nonzero, within
+from qdqtool.distribution import ChannelPriors, Side, gauss_clip, is_zero, nonzero, within
 from qdqtool.spec import QuantSpec, Range
 from qdqtool.statistics import TensorStatistics
 
@@ -28,7 +28,10 @@ class AciqGauss:
     needs: ClassVar[frozenset[Stat]] = frozenset({Stat.EXTREMES, Stat.HISTOGRAM})
 
     def choose(self, stats: TensorStatistics, spec: QuantSpec) -> Range:
-        """Return [m - α, m + α], or the one-sided or symmetric form of it."""
+        """Return [m - α, m + α], or the one-sided or symmetric form of it; or that of each channel."""
+        if spec.granularity.axis is not None:
+            priors = ChannelPriors.of(stats, spec)
+            return priors.range(priors.sigma, spec.steps, gauss_clip)
         if is_zero(stats):
             return within(stats, 0, 0)
         bins, side = nonzero(stats.bins), Side.of(stats, spec)

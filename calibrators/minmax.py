@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from qdqtool.calibrator_api import Stat
-from qdqtool.distribution import within
+from qdqtool.distribution import channels_of, within
 from qdqtool.spec import QuantSpec, Range
 from qdqtool.statistics import TensorStatistics
 
@@ -19,6 +19,8 @@ class MinMax:
     needs: ClassVar[frozenset[Stat]] = frozenset({Stat.EXTREMES})
 
     def choose(self, stats: TensorStatistics, spec: QuantSpec) -> Range:
-        """Return [min x, max x]."""
-        del spec
+        """Return [min x, max x], or that of each channel."""
+        if spec.granularity.axis is not None:
+            seen = channels_of(stats)
+            return Range(seen.lo, seen.hi)
         return within(stats, stats.lo, stats.hi)

@@ -15,6 +15,7 @@ import numpy as np
 from qdqtool import affine, registry
 from qdqtool import graph as graphs
 from qdqtool.calibrator_api import Calibrator
+from qdqtool.errors import RecipeError
 from qdqtool.graph import Array
 from qdqtool.linear import bias_place
 from qdqtool.passes_api import Fact, State
@@ -74,6 +75,8 @@ def _make_room_for_biases(state: State, params: dict[Key, QuantParams | Quantize
         if place is None or source is None:
             continue
         activation, weight = params_of(params[state.plan.resolve(source)]), params_of(params[key])
+        if activation.scale.ndim:
+            continue  # its bias stays float
         bias = cast(Array, graphs.constant(nodes[place.node].inputs[place.index])).astype(np.float64)
         values = cast(Array, graphs.constant(node.inputs[1]))
         scale = _scale_with_room(values, weight, bias, float(activation.scale))
@@ -110,6 +113,11 @@ def activation_params(
         assert spec.fixed is not None
         return affine.params_from_range(_fixed(spec.fixed), spec, "set by the user"), {}
     chosen = calibrator.choose(stats, spec)
+    if spec.granularity.axis is not None and chosen.lo.ndim == 0:
+        raise RecipeError(
+            f"calibrator {calibrator.name!r} chooses one range for a whole tensor, not one for each channel; "
+            "name one that does: minmax, aciq_laplace, aciq_gauss or aciq"
+        )
     method = f"{calibrator.name}: {chosen.winner}" if chosen.errors else calibrator.name
     kept = chosen
     if spec.bound is not None:

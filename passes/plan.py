@@ -18,6 +18,7 @@ import numpy as np
 import onnx_graphsurgeon as gs
 
 from qdqtool import graph as graphs
+from qdqtool.channels import channel_axis
 from qdqtool.linear import LinearLayer, bias_place
 from qdqtool.obstacles import obstacle
 from qdqtool.passes_api import Fact, State
@@ -214,7 +215,10 @@ class _Planner:
                 f"{node.op} has no integer kernel on target {self.target.name}: its weight alone is stored in integers",
             )
             return
-        self.kernels[node.name] = node.op
+        if any(self._has_channel_scales(node, index) for index in unit.activations):
+            self._skip(node, "an input has a scale for each channel, which no integer kernel takes: it runs in float")
+        else:
+            self.kernels[node.name] = node.op
         if all(self._in_integers(t) for t in unit.outputs):
             for tensor in unit.outputs:
                 self._add(Output(tensor.name), self._activation_spec(tensor, unit.bound), tensor)
@@ -230,7 +234,18 @@ class _Planner:
     def _activation_spec(self, tensor: gs.Tensor, bound: tuple[float, float] | None) -> QuantSpec:
         symmetric = self.target.activation_symmetric
         spec = QuantSpec(FORMATS[self.target.activation], symmetric, narrow=symmetric, bound=bound)
+        if self.selection.per_channel(tensor):
+            spec = replace(spec, granularity=per_channel(channel_axis(tensor)))
         return self.selection.on_tensor(tensor, spec)
+
+    def _has_channel_scales(self, node: gs.Node, index: int) -> bool:
+        """Whether a node reads an activation that has a scale for each channel."""
+        use = Use(node.name, index)
+        key = use if use in self.entries else Output(node.inputs[index].name)
+        if key not in self.entries:
+            return False
+        entry = self.entries[Plan(self.entries).resolve(key)]
+        return isinstance(entry, QuantSpec) and key not in self.constants and entry.granularity.axis is not None
 
     def _emit_weight(self, unit: _Unit) -> None:
         node = unit.node
@@ -254,6 +269,8 @@ class _Planner:
         bias, source = reader.inputs[unit.bias.index], unit.node.inputs[0]
         use = Use(unit.node.name, 0)
         activation = use if use in self.entries else Output(source.name)
+        if self._has_channel_scales(unit.node, 0):
+            return  # its sums have no scale of their own: the bias stays float
         self._add(unit.bias, DerivedFrom(activation, weight), bias)
 
     def _add(self, key: Key, entry: Entry, tensor: gs.Tensor) -> None:

@@ -44,12 +44,29 @@ _ARITHMETIC: Final[dict[str, Callable[[FloatArray, bool], ChannelMap | None]]] =
 }
 
 
+_KEEP_LAYOUT: Final = frozenset(
+    {"Add", "Cast", "Clip", "Div", "Dropout", "Elu", "Erf", "Gelu", "HardSigmoid", "HardSwish", "Identity", "LeakyRelu",
+     "Mul", "PRelu", "Relu", "Sigmoid", "Softmax", "Sub", "Tanh"}
+)  # fmt: skip
+
+
 def constant_operand(node: gs.Node) -> int | None:
     """Index of the one constant operand of an Add, Sub, Mul or Div; None for other nodes."""
     if node.op not in _ARITHMETIC or len(node.inputs) != 2 or node.domain not in (None, "", "ai.onnx"):
         return None
     found = [i for i, tensor in enumerate(node.inputs) if graphs.is_constant(tensor)]
     return found[0] if len(found) == 1 else None
+
+
+def channel_axis(tensor: gs.Tensor) -> int:
+    """Channel axis of an activation: the last behind MatMul and LayerNormalization, else 1.
+
+    Operators that keep the layout are looked through, up to the layer that gives it its channels.
+    """
+    maker = graphs.producer(tensor)
+    while maker is not None and maker.op in _KEEP_LAYOUT:
+        maker = graphs.producer(next((t for t in maker.inputs if not graphs.is_constant(t)), tensor))
+    return -1 if maker is not None and maker.op in ("MatMul", "LayerNormalization") else 1
 
 
 def channel_map(node: gs.Node, channels: int, axis: int, rank: int | None) -> ChannelMap | str:

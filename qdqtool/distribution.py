@@ -11,15 +11,19 @@ from __future__ import annotations
 
 import enum
 import math
+from collections.abc import Callable
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
 
+from qdqtool.errors import StatisticsError
 from qdqtool.spec import FloatArray, IntArray, QuantSpec, Range
 
 if TYPE_CHECKING:
+    from qdqtool.channel_statistics import ChannelStatistics
     from qdqtool.histogram import Bins
     from qdqtool.statistics import TensorStatistics
 
@@ -45,6 +49,59 @@ class Side(enum.Enum):
         """Both ends for each threshold; float64 of its shape."""
         t = np.asarray(threshold, np.float64)
         return np.where(self is Side.POSITIVE, 0.0, -t), np.where(self is Side.NEGATIVE, 0.0, t)
+
+
+@dataclass(frozen=True)
+class ChannelPriors:
+    """What a prior's optimal clip needs of each channel; arrays (channels,).
+
+    Attributes:
+        center: float64, where the prior lies: the mean, or 0 where one end of the range is 0 or the range is symmetric.
+        b, sigma: float64, mean and root mean square deviation from it; behind a ReLU of the values above 0 alone.
+        below, above: bool, whether the range extends below and above the center.
+        lo, hi: float64, least and greatest value seen.
+    """
+
+    center: FloatArray
+    b: FloatArray
+    sigma: FloatArray
+    below: npt.NDArray[np.bool_]
+    above: npt.NDArray[np.bool_]
+    lo: FloatArray
+    hi: FloatArray
+
+    @classmethod
+    def of(cls, stats: TensorStatistics, spec: QuantSpec) -> ChannelPriors:
+        """The priors of a tensor's channels.
+
+        Raises:
+            StatisticsError: the channels were not observed.
+        """
+        seen = channels_of(stats)
+        signed = spec.symmetric & (spec.format.signed | (seen.lo < 0))
+        below, above = (seen.lo < 0) | signed, (seen.hi > 0) | signed
+        both = below & above & ~signed
+        center = np.where(both, seen.mean, 0.0)
+        rectified = seen.lo >= 0
+        b = np.where(both, seen.b, np.where(rectified, seen.mean_positive, seen.mean_abs))
+        sigma = np.sqrt(np.where(both, seen.variance, np.where(rectified, seen.rms_positive**2, seen.second_moment)))
+        return cls(center, b, sigma, below, above, seen.lo, seen.hi)
+
+    def range(self, width: FloatArray, steps: int, clip: Callable[[int, bool], float]) -> Range:
+        """[center - α, center + α], or the half of it that has values, α being ``width`` times the prior's clip."""
+        alpha = width * np.where(self.below & self.above, clip(steps, False), clip(steps, True))
+        lo, hi = np.where(self.below, self.center - alpha, 0.0), np.where(self.above, self.center + alpha, 0.0)
+        return Range(np.clip(lo, np.minimum(self.lo, 0), self.hi), np.clip(hi, self.lo, np.maximum(self.hi, 0)))
+
+
+def channels_of(stats: TensorStatistics) -> ChannelStatistics:
+    """Statistics of each channel; StatisticsError where they were not observed."""
+    if stats.channels is None:
+        raise StatisticsError(
+            "a range for each channel needs statistics of each channel, and only the whole tensor was observed; "
+            'observe again with granularity = "per_channel" for this tensor'
+        )
+    return stats.channels
 
 
 def within(stats: TensorStatistics, lo: npt.ArrayLike, hi: npt.ArrayLike) -> Range:

@@ -108,10 +108,12 @@ class _Inserter:
         )
         result = gs.Variable(self._name(f"{tensor.name}_dequantized"), dtype=tensor.dtype, shape=tensor.shape)
         scale, zero = self._scale(tensor.name, params, tensor.dtype)
+        axis = params.spec.granularity.axis
+        attrs = {} if axis is None else {"axis": axis}
         name = self._name(f"{tensor.name}_QuantizeLinear")
-        self.fresh[name] = gs.Node("QuantizeLinear", name, {}, [tensor, scale, zero], [codes])
+        self.fresh[name] = gs.Node("QuantizeLinear", name, {**attrs}, [tensor, scale, zero], [codes])
         name = self._name(f"{tensor.name}_DequantizeLinear")
-        self.fresh[name] = gs.Node("DequantizeLinear", name, {}, [codes, scale, zero], [result])
+        self.fresh[name] = gs.Node("DequantizeLinear", name, {**attrs}, [codes, scale, zero], [result])
         known.append((params, result))
         return result
 

@@ -6,6 +6,7 @@ import re
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
+from qdqtool import graph as graphs
 from qdqtool.errors import RecipeError, nearest
 from qdqtool.plan import DerivedFrom, Plan, SharedWith
 from qdqtool.recipe import Override, match_names
@@ -121,6 +122,11 @@ class Selection:
             if override is not None and override.granularity is not None:
                 return override.granularity
         return None
+
+    def per_channel(self, tensor: gs.Tensor) -> bool:
+        """Whether the user wants a scale for each channel of an activation."""
+        override = self._tensors.get(tensor.name)
+        return override is not None and override.granularity == "per_channel" and not graphs.is_constant(tensor)
 
     def on_tensor(self, tensor: gs.Tensor, spec: QuantSpec) -> QuantSpec:
         """The spec of a tensor after the user's override by its name."""

@@ -284,8 +284,12 @@ def test_overrides_of_nodes_concern_their_inputs_alone() -> None:
 def test_overrides_without_an_effect_are_errors(body: str, name: str, message: str) -> None:
     with pytest.raises(RecipeError, match=message):
         planned(body, y="float[N, K] y" if body is MOVES else IMAGES[1], tensors={name: {"dtype": "int16"}})
-    with pytest.raises(RecipeError, match="'x': this tensor cannot have a scale for each channel"):
-        planned(CHAIN, tensors={"x": {"granularity": "per_channel"}})
+
+
+def test_an_activation_may_have_a_scale_for_each_channel() -> None:
+    state = planned(CHAIN, tensors={"x": {"granularity": "per_channel"}})
+    assert state.plan is not None
+    assert state.plan.channel_axes() == {"x": 1}
 
 
 def test_an_overridden_input_of_a_concat_does_not_share() -> None:
