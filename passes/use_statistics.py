@@ -14,7 +14,13 @@ from qdqtool.passes_api import Fact, State
 
 @dataclass(frozen=True)
 class UseStatistics:
-    """Take the statistics of planned activations from a calibration made before."""
+    """Take the statistics of planned activations from a calibration made before.
+
+    Attributes:
+        where: the calibration's file, for messages; "" where there is none.
+    """
+
+    where: str = ""
 
     name: ClassVar[str] = "use-statistics"
     needs: ClassVar[frozenset[Fact]] = frozenset({Fact.PLAN})
@@ -30,8 +36,16 @@ class UseStatistics:
         assert state.plan is not None
         assert state.calibration is not None
         given, tensors = state.calibration, state.plan.observed()
-        given.require(ModelKey.of(models.to_proto(state.graph, state.header)), tensors, given.description)
-        state.statistics, state.batching = given.only(tensors), given.batching
+        key = ModelKey.of(models.to_proto(state.graph, state.header))
+        given.require(key, tensors, state.plan.channel_axes(), self.where or given.description)
+        state.calibration = given.of(tensors)
+        state.statistics, state.batching = state.calibration.statistics, state.calibration.batching
+        wanted = state.recipe.samples
+        if wanted is not None and wanted < given.statistics.samples:
+            state.notes.append(
+                f"ranges come from all {given.statistics.samples} samples of the statistics, not from {wanted} of them"
+            )
         if state.data is not None:
-            state.held = tuple(choose(given.batching.samples(state.data), observe.HELD))
+            count = observe.HELD if wanted is None else min(observe.HELD, wanted)
+            state.held = tuple(choose(given.batching.samples(state.data), count))
         return len(tensors)

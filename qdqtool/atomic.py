@@ -7,6 +7,10 @@ import os
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Final
+
+STAGING: Final = ".qdqtool-"
+"""How the names of folders begin in which files are written; a process that is killed meanwhile leaves one behind."""
 
 
 @contextlib.contextmanager
@@ -16,7 +20,7 @@ def replacing(target: Path) -> Iterator[Path]:
     Raises:
         OSError: the target's folder does not exist or cannot be written, or the target is a folder.
     """
-    with tempfile.TemporaryDirectory(prefix=".qdqtool-", dir=target.parent) as folder:
+    with tempfile.TemporaryDirectory(prefix=STAGING, dir=target.parent) as folder:
         staged = Path(folder) / target.name
         yield staged
         os.replace(staged, target)

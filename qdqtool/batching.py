@@ -62,6 +62,13 @@ class Batch:
             return values[:count]
         return values.reshape(self.rows, -1)[:count]
 
+    def share(self, size: int) -> tuple[int, int]:
+        """What :meth:`real` keeps of ``size`` values in memory order: so many from the first on, and so many times."""
+        count = len(self.samples) if self.real_rows is None else self.real_rows
+        if size % self.rows:
+            return size, count if self.real_rows is None else 1
+        return size // self.rows * count, 1
+
 
 @dataclass(frozen=True)
 class Batching:
@@ -93,9 +100,15 @@ class Batching:
 
     def together(self, count: int) -> Batching:
         """Batching for a step that wants ``count`` samples in one batch and keeps one activation at a time."""
-        if self.fixed or not self.rows or self.size == 1:
+        if self.fixed or not self.rows or (self.size == 1 and not self.bytes_each):
             return self
         return replace(self, size=max(self.size, min(count, self.together_bytes // max(self.bytes_each, 1))))
+
+    def settled(self, bytes_each: int) -> Batching:
+        """The same cut, in batches whose size follows from the bytes of a sample alone, not from the machine."""
+        if self.fixed or not self.bytes_each:  # its size is the model's, or nothing may be joined
+            return self
+        return Batching(rows=self.rows, size=_size(bytes_each, _BATCH_BYTES), bytes_each=max(bytes_each, 1))
 
     def small(self) -> Batching:
         """Batching for a step that holds every activation of two models at once."""
@@ -246,8 +259,12 @@ def _trial(first: Sample, second: Sample, run: Runner, batch_bytes: int) -> Batc
             if both.size != 2 * alone.size or not _agree(both.reshape(2, -1)[index], alone.reshape(-1)):
                 return Batching(rows=False, size=1)
     bytes_each = sum(values.nbytes for values in apart[0].values())
-    size = int(min(MAX_BATCH, max(1, batch_bytes // max(bytes_each, 1))))
-    return Batching(rows=True, size=size, bytes_each=bytes_each)
+    return Batching(rows=True, size=_size(bytes_each, batch_bytes), bytes_each=bytes_each)
+
+
+def _size(bytes_each: int, batch_bytes: int) -> int:
+    """Samples in a batch."""
+    return int(min(MAX_BATCH, max(1, batch_bytes // max(bytes_each, 1))))
 
 
 def _agree(joined: npt.NDArray[Any], alone: npt.NDArray[Any]) -> bool:

@@ -1,7 +1,7 @@
 """Statistics kept by content in a folder, so that nothing is observed twice, and an interrupted run goes on.
 
 An entry's name is a hash of all that the statistics depend on: the prepared model, the data, which samples of them, the
-runtime and the version of the format. Not the plan: another calibrator, width or target finds what is there, and adds
+runtime and this program's version. Not the plan: another calibrator, width or target finds what is there, and adds
 what is missing. Beside it lies, while a run goes on, what it has found so far.
 """
 
@@ -11,12 +11,16 @@ import contextlib
 import hashlib
 import json
 import os
-from collections.abc import Sequence
-from dataclasses import dataclass
+import shutil
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final
 
+import qdqtool
 from qdqtool import statistics_file
+from qdqtool.atomic import STAGING
 from qdqtool.batching import Batching
 from qdqtool.calibration import Calibration, ModelKey
 from qdqtool.errors import StatisticsError
@@ -24,14 +28,19 @@ from qdqtool.statistics import Statistics
 
 FOLDER_VARIABLE: Final = "QDQTOOL_CACHE_DIR"
 _MOST_BYTES: Final = 2 << 30
+_STALE: Final = 3600.0  # seconds: no write takes so long
 
 
-def default_folder() -> Path:
-    """Where the operating system wants caches, or what QDQTOOL_CACHE_DIR says."""
+def default_folder() -> Path | None:
+    """Where the operating system wants caches, or what QDQTOOL_CACHE_DIR says; None where the user has no home."""
     import platformdirs
 
     given = os.environ.get(FOLDER_VARIABLE)
-    return Path(given) if given else platformdirs.user_cache_path("qdqtool", appauthor=False)
+    try:
+        folder = Path(given).expanduser() if given else platformdirs.user_cache_path("qdqtool", appauthor=False)
+    except RuntimeError:
+        return None
+    return folder if given or folder.is_absolute() else None  # a "~" that stands for nothing would be a folder's name
 
 
 @dataclass(frozen=True)
@@ -46,34 +55,49 @@ class Cache:
 
     def entry(self, model: ModelKey, data: str, samples: int | None, runtime: str) -> Entry:
         """The entry for statistics of a model over ``data`` (a hash), or over so many samples of them."""
-        parts = [statistics_file.VERSION, model.graph, model.weights, data, samples, runtime]
+        made_by = [qdqtool.__version__, statistics_file.VERSION, runtime]
+        parts = [*made_by, model.graph, model.weights, data, samples]
         name = hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
         return Entry(self, name, model, runtime)
 
-    def files(self) -> list[Path]:
-        """What is kept, that used longest ago first."""
+    def sizes(self) -> dict[Path, int]:
+        """The files that are kept and their bytes, that used longest ago first."""
         found = []
-        for path in self.folder.glob("*.stats"):
-            with contextlib.suppress(OSError):  # another process may have removed it
-                found.append((path.stat().st_mtime_ns, path))
-        return [path for _, path in sorted(found)]
+        with contextlib.suppress(OSError):
+            for path in self.folder.glob("*.stats"):
+                with contextlib.suppress(OSError):  # another process may have removed it
+                    found.append((path.stat().st_mtime_ns, path, path.stat().st_size))
+        return {path: size for _, path, size in sorted(found)}
 
     def clear(self) -> int:
         """Remove everything; returns the number of files."""
-        files = self.files()
-        for path in files:
-            path.unlink(missing_ok=True)
-        return len(files)
+        self._remove_remains(0)
+        return sum(_removed(path) for path in self.sizes())
 
-    def _make_room(self) -> None:
-        files = self.files()
-        sizes = {path: path.stat().st_size for path in files if path.exists()}
+    def make_room(self) -> None:
+        """Keep to ``most_bytes``."""
+        self._remove_remains(_STALE)
+        sizes = self.sizes()
         total = sum(sizes.values())
         for path, size in sizes.items():
             if total <= self.most_bytes:
                 break
-            path.unlink(missing_ok=True)
-            total -= size
+            total -= size * _removed(path)
+
+    def _remove_remains(self, seconds: float) -> None:
+        """Remove what processes left that were killed while they wrote, more than so many seconds ago."""
+        with contextlib.suppress(OSError):
+            for path in self.folder.glob(f"{STAGING}*"):
+                if time.time() - path.stat().st_mtime >= seconds:
+                    shutil.rmtree(path, ignore_errors=True)
+
+
+def _removed(path: Path) -> bool:
+    try:
+        path.unlink()
+    except OSError:
+        return False
+    return True
 
 
 @dataclass(frozen=True)
@@ -93,26 +117,41 @@ class Entry:
                 os.utime(self._path())
         return found
 
-    def partial(self, tensors: Sequence[str]) -> Statistics | None:
+    def partial(self, tensors: Sequence[str], axes: Mapping[str, int], plan: Batching) -> Statistics | None:
         """What an interrupted run found of exactly these tensors, on part of the samples."""
         found = self._read(self._path(tensors))
-        return None if found is None or {*found.statistics.tensors} != {*tensors} else found.statistics
+        if (
+            found is None
+            or {*found.statistics.tensors} != {*tensors}
+            or not found.joins(self._made(Statistics(), plan))
+        ):
+            return None
+        return found.statistics if all(found.has(name, axes.get(name)) for name in tensors) else None
 
     def keep(self, statistics: Statistics, *, whole: bool, plan: Batching) -> None:
         """Save statistics of a group of tensors, beside those of other tensors if they are on all samples."""
-        tensors = [*statistics.tensors]
-        known = self._read(self._path()) if whole else None
-        made = Calibration(self.model, statistics, (), plan, self.runtime)
-        if known is not None:
-            made = known.with_tensors(statistics)
-        self._write(made, self._path(() if whole else tensors))
+        made = self._made(statistics, plan)
+        if whole:
+            self._write(self._beside(made), self._path())
+        else:
+            self._write(made, self._path([*statistics.tensors]))
 
     def complete(self, calibration: Calibration) -> None:
         """Save it all with where it comes from; what an interrupted run had left goes."""
-        self._write(calibration, self._path())
-        for path in self.cache.folder.glob(f"{self.name}-*.stats"):
-            with contextlib.suppress(OSError):
-                path.unlink(missing_ok=True)
+        self._write(self._beside(calibration), self._path())
+        with contextlib.suppress(OSError):
+            for path in self.cache.folder.glob(f"{self.name}-*.stats"):
+                _removed(path)
+
+    def _made(self, statistics: Statistics, plan: Batching) -> Calibration:
+        return Calibration(self.model, statistics, (), plan, self.runtime)
+
+    def _beside(self, made: Calibration) -> Calibration:
+        """What is kept by now, perhaps by another process, with what is new."""
+        known = self._read(self._path())
+        if known is None or not known.joins(made):
+            return made
+        return replace(made, statistics=known.with_tensors(made.statistics).statistics)
 
     def _path(self, tensors: Sequence[str] = ()) -> Path:
         part = f"-{hashlib.sha256(json.dumps(sorted(tensors)).encode()).hexdigest()[:16]}" if tensors else ""
@@ -129,4 +168,4 @@ class Entry:
         with contextlib.suppress(OSError, StatisticsError):
             self.cache.folder.mkdir(parents=True, exist_ok=True)
             statistics_file.write(calibration, path)
-            self.cache._make_room()
+            self.cache.make_room()

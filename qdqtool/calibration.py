@@ -17,6 +17,7 @@ from qdqtool.statistics import Statistics
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
+    from qdqtool.batching import Sample
     from qdqtool.data import Data
     from qdqtool.fit import Feeds
 
@@ -43,6 +44,8 @@ class ModelKey:
         weights = hashlib.sha256()
         for tensor in sorted(proto.graph.initializer, key=lambda t: t.name):
             weights.update(tensor.SerializeToString(deterministic=True))
+        for sparse in sorted(proto.graph.sparse_initializer, key=lambda t: t.values.name):
+            weights.update(sparse.SerializeToString(deterministic=True))
         return cls(hashlib.sha256(bare.SerializeToString(deterministic=True)).hexdigest(), weights.hexdigest())
 
 
@@ -84,39 +87,47 @@ class Calibration:
         """The data in words."""
         return " + ".join(source.description for source in self.sources)
 
-    def require(self, model: ModelKey, tensors: Sequence[str], where: str) -> None:
+    def has(self, tensor: str, axis: int | None = None) -> bool:
+        """Whether a tensor was observed, and where an axis is given, each channel along it."""
+        stats = self.statistics.tensors.get(tensor)
+        return stats is not None and (axis is None or (stats.channels is not None and stats.channels.axis == axis))
+
+    def require(self, model: ModelKey, tensors: Sequence[str], axes: Mapping[str, int], where: str) -> None:
         """Raise StatisticsError, with the reason, unless these are statistics of this model and all these tensors."""
-        reason = None
-        if self.model.graph != model.graph:
-            reason = "they were observed on another graph (or its preparation has changed since)"
-        elif self.model.weights != model.weights:
-            reason = "they were observed on the same graph with other weights"
-        if reason is not None:
+        differing = _differing(self.model, model)
+        if differing is not None:
             raise StatisticsError(
-                f"{where}: the statistics do not belong to this model: {reason}; run 'qdqtool observe' on this model"
+                f"{where}: the statistics do not belong to this model: they were observed on {differing}; "
+                "run 'qdqtool observe' on this model"
             )
-        missing = [name for name in tensors if name not in self.statistics.tensors]
+        missing = [name for name in tensors if not self.has(name, axes.get(name))]
         if missing:
             raise StatisticsError(
-                f"{where}: no statistics of {_some(missing)}; observe again for the target that you quantize for "
-                "(qdqtool observe --target)"
+                f"{where}: no statistics of {_some(missing)}; observe again for the target and the recipe that you "
+                "quantize with (qdqtool observe --target, --recipe)"
             )
+
+    def joins(self, other: Calibration) -> bool:
+        """Whether samples were cut out of the data alike, so that its statistics can stand beside these."""
+        return (self.batching.rows, self.batching.fixed) == (other.batching.rows, other.batching.fixed)
 
     def with_tensors(self, other: Statistics) -> Calibration:
         """These statistics and those of more tensors on the same samples."""
         tensors = {**self.statistics.tensors, **other.tensors}
         return replace(self, statistics=Statistics(tensors, self.statistics.samples))
 
-    def only(self, tensors: Sequence[str]) -> Statistics:
-        """Statistics of these tensors alone."""
-        return Statistics({name: self.statistics[name] for name in tensors}, self.statistics.samples)
+    def of(self, tensors: Sequence[str]) -> Calibration:
+        """What an observation of these tensors alone, on any machine, gives."""
+        found = Statistics({name: self.statistics[name] for name in tensors}, self.statistics.samples)
+        values = sum(stats.count + stats.nan + stats.inf for stats in found.tensors.values())
+        return replace(self, statistics=found, batching=self.batching.settled(4 * values // max(found.samples, 1)))
 
 
-def source_of(data: Data, statistics: Statistics) -> Source:
-    """Where statistics come from."""
-    records = next((stats.records for stats in statistics.tensors.values()), None)
-    digests = b"" if records is None else b"".join(sorted(records["sample"].tolist()))
-    return Source(data.description, hashlib.sha256(digests).hexdigest(), statistics.samples, data.synthetic)
+def source_of(data: Data, statistics: Statistics, samples: Iterable[Sample]) -> Source:
+    """Where statistics come from; ``samples`` are looked at where no tensor was observed that recorded them."""
+    records = next((stats.records["sample"].tolist() for stats in statistics.tensors.values()), None)
+    digests = sorted(records if records is not None else [sample.digest for sample in samples])
+    return Source(data.description, hashlib.sha256(b"".join(digests)).hexdigest(), statistics.samples, data.synthetic)
 
 
 def digest_of(feeds: Iterable[Feeds]) -> str:
@@ -138,26 +149,44 @@ def merged(parts: Mapping[str, Calibration]) -> Calibration:
     Raises:
         StatisticsError: they are of different models, tensors or runtimes, or two of them of the same data.
     """
-    names = [*parts]
-    first = parts[names[0]]
-    for one, other in itertools.combinations(names, 2):
-        twice = {s.digest for s in parts[one].sources} & {s.digest for s in parts[other].sources}
-        if twice:
+    (first_name, first), *others = parts.items()
+    for (one, part), (other, later) in itertools.combinations(parts.items(), 2):
+        if {s.digest for s in part.sources} & {s.digest for s in later.sources}:
             raise StatisticsError(f"{one} and {other} are of the same data, which would count twice; leave one out")
-    result = first.statistics
-    for name in names[1:]:
-        part = parts[name]
-        part.require(first.model, [], name)
-        if part.statistics.tensors.keys() != first.statistics.tensors.keys():
-            differing = part.statistics.tensors.keys() ^ first.statistics.tensors.keys()
-            raise StatisticsError(
-                f"{names[0]} and {name} are of different tensors: only one has {_some(sorted(differing))}; "
-                "observe both for the same targets"
-            )
-        if part.runtime != first.runtime:
-            raise StatisticsError(f"{names[0]} was made by {first.runtime}, {name} by {part.runtime}; use one of them")
+    result, batching = first.statistics, first.batching
+    for name, part in others:
+        reason = _apart(first, part)
+        if reason is not None:
+            raise StatisticsError(f"{first_name} and {name} cannot be merged: {reason}")
         result = result | part.statistics.shifted(max(result.positions, default=-1) + 1)
-    return replace(first, statistics=result, sources=tuple(s for name in names for s in parts[name].sources))
+        if part.batching.bytes_each and not batching.bytes_each:  # one sample alone cannot tell that it may be joined
+            batching = part.batching
+    sources = tuple(source for part in parts.values() for source in part.sources)
+    return replace(first, statistics=result, sources=sources, batching=batching).of([*result.tensors])
+
+
+def _apart(one: Calibration, other: Calibration) -> str | None:
+    """Why one run cannot have given both, in words; None where it can."""
+    differing = _differing(one.model, other.model)
+    if differing is not None:
+        return f"the second is of {differing}"
+    shapes = [{name: s.channels and s.channels.axis for name, s in c.statistics.tensors.items()} for c in (one, other)]
+    if shapes[0] != shapes[1]:
+        names = sorted({name for name, _ in shapes[0].items() ^ shapes[1].items()})
+        return f"they differ in what was observed ({_some(names)}); observe both for the same targets and recipe"
+    if one.runtime != other.runtime:
+        return f"the first was made by {one.runtime}, the second by {other.runtime}; use one of them"
+    cuts = [(c.batching.rows, c.batching.fixed, c.batching.fill) for c in (one, other)]
+    if cuts[0] != cuts[1]:
+        return "in one of them a sample is a row of the data, in the other a whole feed; observe all data in one run"
+    return None
+
+
+def _differing(model: ModelKey, wanted: ModelKey) -> str | None:
+    """What a model is beside the one wanted, in words; None where it is the same."""
+    if model.graph != wanted.graph:
+        return "another graph (or its preparation has changed since)"
+    return None if model.weights == wanted.weights else "the same graph with other weights"
 
 
 def _some(names: Sequence[str], most: int = 3) -> str:

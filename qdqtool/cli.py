@@ -17,7 +17,17 @@ import click
 import qdqtool
 from qdqtool.cli_lists import calibrators, passes, targets
 from qdqtool.cli_observe import cache, merge, observe
-from qdqtool.cli_options import OBSERVE_OPTIONS, RECIPE_OPTIONS, RUN_OPTIONS, Main, make_recipe, observing, option
+from qdqtool.cli_options import (
+    OBSERVE_OPTIONS,
+    RECIPE_OPTIONS,
+    RUN_OPTIONS,
+    Main,
+    make_recipe,
+    observing,
+    option,
+    say,
+    warn_of_synthetic_data,
+)
 
 if TYPE_CHECKING:
     import onnx
@@ -130,11 +140,14 @@ def _quantize(call: _Call, recipe: Recipe, how: dict[str, Any]) -> None:
             recipe=recipe,
             provider=call.provider,
             progress=bar,
+            told=None if call.quiet else say,
             callback=callback,
             **how,
         )
         result.save(output)
         report = result.report
+        if call.quiet and report.synthetic:  # else the report says so
+            warn_of_synthetic_data()
         if data is not None:
             try:
                 report = replace(report, evaluation=_compare(call, result.model, data, progress=bar))
@@ -282,8 +295,6 @@ def _advise(call: _Call, recipe: Recipe) -> None:
     conflict = runtime.conflicting_packages()
     if conflict is not None:
         click.secho(f"warning: {conflict}", fg="yellow", err=True)
-    if call.quiet and str(call.data).startswith("synthetic:"):  # else the report says so
-        click.secho("warning: the ranges come from random samples; do not ship this file", fg="yellow", err=True)
     if not call.quiet and "target" not in recipe.model_fields_set and runtime.resolve_provider("auto")[1] is not None:
         click.secho(_CUDA_HINT, fg="yellow", err=True)
 

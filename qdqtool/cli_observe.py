@@ -7,7 +7,16 @@ from typing import Any, Final
 
 import click
 
-from qdqtool.cli_options import OBSERVE_OPTIONS, PROVIDER, Command, make_recipe, observing, option
+from qdqtool.cli_options import (
+    OBSERVE_OPTIONS,
+    PROVIDER,
+    Command,
+    make_recipe,
+    observing,
+    option,
+    say,
+    warn_of_synthetic_data,
+)
 
 _PATH: Final = click.Path(path_type=Path)
 
@@ -37,11 +46,13 @@ def observe(model: str, data: str, output: Path | None, targets: tuple[str, ...]
     from qdqtool import pipeline, statistics_file
     from qdqtool.report import files
     from qdqtool.report.progress import progress_bar
+    from qdqtool.report.units import count
 
     target = output or Path(f"{Path(model).stem}.stats")
     files.check_output(target, filter(None, (model, data, given["recipe_file"])))
     recipe = make_recipe(given["recipe_file"], {"samples": given["samples"]})
-    with progress_bar(quiet=given["quiet"]) as bar:
+    quiet = given["quiet"]
+    with progress_bar(quiet=quiet) as bar:
         found = pipeline.calibrate(
             model,
             data,
@@ -49,12 +60,15 @@ def observe(model: str, data: str, output: Path | None, targets: tuple[str, ...]
             recipe=recipe,
             provider=given["provider"],
             progress=bar,
+            told=None if quiet else say,
             **observing(given),
         )
     statistics_file.write(found, target)
-    if not given["quiet"]:
-        tensors, samples = len(found.statistics.tensors), found.statistics.samples
-        click.echo(f"wrote {target}: statistics of {tensors} tensors over {samples} samples of {found.description}")
+    if found.synthetic:
+        warn_of_synthetic_data()
+    if not quiet:
+        what = f"{count(len(found.statistics.tensors), 'tensor')} over {count(found.statistics.samples, 'sample')}"
+        click.echo(f"wrote {target}: statistics of {what} of {found.description}")
 
 
 @click.command(
@@ -71,6 +85,7 @@ def merge(files: tuple[str, ...], output: Path, quiet: bool) -> None:
     """
     from qdqtool import calibration, statistics_file
     from qdqtool.report.files import check_output
+    from qdqtool.report.units import count
 
     check_output(output, files)
     if len(set(files)) < len(files):
@@ -78,18 +93,24 @@ def merge(files: tuple[str, ...], output: Path, quiet: bool) -> None:
     found = calibration.merged({name: statistics_file.read(name) for name in files})
     statistics_file.write(found, output)
     if not quiet:
-        click.echo(f"wrote {output}: statistics over {found.statistics.samples} samples of {len(files)} files")
+        what = f"{count(found.statistics.samples, 'sample')} of {count(len(files), 'file')}"
+        click.echo(f"wrote {output}: statistics over {what}")
 
 
 @click.command(cls=Command, examples=("qdqtool cache", "qdqtool cache --clear"))
 @option("--clear", is_flag=True, help="Remove everything that is kept.")
 def cache(clear: bool) -> None:
     """Show where statistics are kept between runs, and how much room they take."""
-    from qdqtool.cache import Cache, default_folder
+    from qdqtool.cache import FOLDER_VARIABLE, Cache, default_folder
+    from qdqtool.report.units import count, size
 
-    kept = Cache(default_folder())
-    if clear:
-        click.echo(f"removed {kept.clear()} files from {kept.folder}")
+    folder = default_folder()
+    if folder is None:
+        click.echo(f"nothing is kept: you have no home folder; {FOLDER_VARIABLE} names another")
         return
-    sizes = [path.stat().st_size for path in kept.files()]
-    click.echo(f"{kept.folder}: {len(sizes)} files, {sum(sizes) / 1e6:.1f} MB (at most {kept.most_bytes / 1e9:.1f} GB)")
+    kept = Cache(folder)
+    if clear:
+        click.echo(f"removed {count(kept.clear(), 'file')} from {folder}")
+        return
+    sizes = kept.sizes().values()
+    click.echo(f"{folder}: {count(len(sizes), 'file')}, {size(sum(sizes))} (at most {size(kept.most_bytes)})")

@@ -160,6 +160,16 @@ def observing(given: dict[str, Any]) -> dict[str, Any]:
     return {"memory": given["memory"], "engine": engine, "cache": given["cache"]}
 
 
+def say(note: str) -> None:
+    """A line on standard error, where the result may be on the other stream."""
+    click.secho(f"note: {note}", fg="yellow", err=True)
+
+
+def warn_of_synthetic_data() -> None:
+    """Even where nothing else is printed."""
+    click.secho("warning: the ranges come from random samples; do not ship this file", fg="yellow", err=True)
+
+
 RECIPE_OPTIONS: Final = options(
     _choice("--recipe", "recipe_file", metavar="FILE", help="TOML, YAML or JSON; options given here override it."),
     _choice("--target", metavar="NAME", help="What the file is for: cpu, cuda or tensorrt. [default: cuda]"),

@@ -9,15 +9,16 @@ from dataclasses import dataclass
 import onnx
 
 from qdqtool import calibration as calibrations
+from qdqtool import model as models
 from qdqtool import observe as observing
 from qdqtool import runtime
 from qdqtool.batching import Held, Sample
 from qdqtool.cache import Cache
 from qdqtool.calibration import Calibration, ModelKey
 from qdqtool.data import Data
+from qdqtool.derive import Derivation, derivations, derived
 from qdqtool.errors import DataError
 from qdqtool.observe import HELD, Observing, Progress
-from qdqtool.statistics import Statistics
 
 
 @dataclass(frozen=True)
@@ -70,16 +71,17 @@ def collect(
     if cache is not None:
         entry = cache.entry(key, calibrations.digest_of(data), samples, made_by)
         known = entry.load()
-    missing = [name for name in tensors if known is None or not _has(known.statistics, name, axes.get(name))]
-    notes = []
-    if known is not None and not missing:
+    missing = [name for name in tensors if known is None or not known.has(name, axes.get(name))]
+    unseen, steps = _divided(proto, missing, axes, known)
+    notes: list[str] = []
+    if known is not None and not unseen:
         held = _held(known, data, samples)
     else:
         found = observing.observe(
             proto,
-            missing,
+            unseen,
             data,
-            axes={name: axis for name, axis in axes.items() if name in missing},
+            axes={name: axis for name, axis in axes.items() if name in unseen},
             samples=samples,
             provider=provider,
             options=options,
@@ -87,30 +89,46 @@ def collect(
             keeper=entry,
         )
         held = found.held
-        if len(found.sweeps.groups) > 1:
-            notes.append(found.sweeps.describe())
+        notes += found.notes
         if found.resumed:
             notes.append(f"an interrupted run was resumed: {found.resumed} samples had been observed already")
-        known = (
-            known.with_tensors(found.statistics)
-            if known is not None
-            else Calibration(key, found.statistics, (), found.batching, made_by)
-        )
+        made = Calibration(key, found.statistics, (), found.batching, made_by)
+        if known is not None and not known.joins(made):  # these tensors do not let the data be cut as those before
+            return collect(
+                proto, tensors, data, axes=axes, samples=samples, provider=provider, options=options, progress=progress
+            )
+        known = made if known is None else known.with_tensors(found.statistics)
     if len(missing) < len(tensors):
         notes.append(
-            f"statistics of {len(tensors) - len(missing)} tensors were kept from an earlier run (--no-cache observes "
-            "them again)"
+            f"statistics of {len(tensors) - len(missing)} of {len(tensors)} tensors were kept from an earlier run "
+            "(--no-cache observes them again)"
         )
-    known = dataclasses.replace(known, sources=(calibrations.source_of(data, known.statistics),))
+    statistics = derived(known.statistics, steps)
+    source = calibrations.source_of(data, statistics, observing.chosen(known.batching, data, samples))
+    known = dataclasses.replace(known, statistics=statistics, sources=(source,))
     if entry is not None and missing:
         entry.complete(known)
-    return Collected(dataclasses.replace(known, statistics=known.only(tensors)), held, tuple(notes))
+    return Collected(known.of(tensors), held, tuple(notes))
 
 
-def _has(statistics: Statistics, tensor: str, axis: int | None) -> bool:
-    """Whether a tensor was observed as it is wanted now."""
-    stats = statistics.tensors.get(tensor)
-    return stats is not None and (axis is None or (stats.channels is not None and stats.channels.axis == axis))
+def _divided(
+    proto: onnx.ModelProto, names: Sequence[str], axes: Mapping[str, int], known: Calibration | None
+) -> tuple[list[str], dict[str, Derivation]]:
+    """Tensors to observe so that all the named ones become known, and how the others follow from these.
+
+    A tensor that can follow does so whether or not its source is wanted too: bits must not depend on what else is.
+    """
+    computed = [name for node in proto.graph.node for name in node.output]
+    follows = derivations(proto, [*(info.name for info in models.inputs(proto)), *computed])
+    unseen, steps = dict.fromkeys(name for name in names if name in axes), set()
+    for wanted in names:
+        name = wanted
+        while name in follows and (name == wanted or known is None or not known.has(name)):
+            steps.add(name)
+            name = follows[name].source
+        if known is None or not known.has(name, axes.get(name)):
+            unseen[name] = None
+    return [*unseen], {name: step for name, step in follows.items() if name in steps}
 
 
 def _held(known: Calibration, data: Data, samples: int | None) -> tuple[Sample, ...]:

@@ -20,6 +20,7 @@ import numpy.typing as npt
 import onnx
 from onnx import helper, numpy_helper
 
+from qdqtool.channel_statistics import ChannelStatistics
 from qdqtool.scopes import read_by
 from qdqtool.statistics import Statistics, TensorStatistics
 
@@ -53,20 +54,21 @@ class Derivation:
         result: Floats = values / factors if self.inverse else values * factors
         return result
 
-    def statistics(self, source: TensorStatistics) -> TensorStatistics:
-        """Statistics of the tensor, given those of its source."""
-        if self.negative == self.positive == 1:
-            return source
-        records = source.records.copy()
-        ends = ("lo", "hi") if self.positive > 0 else ("hi", "lo")
-        for name, end in zip(("lo", "hi"), ends, strict=True):
-            records[name] = self(source.records[end]) + np.float32(0)  # -0.0 becomes 0.0
+    def statistics(self, source: TensorStatistics, channels: ChannelStatistics | None = None) -> TensorStatistics:
+        """Statistics of the tensor, given those of its source; those of its channels do not follow."""
+        histogram, records = source.histogram, source.records
+        if not self.negative == self.positive == 1:
+            histogram, records = histogram.mapped(self), records.copy()
+            ends = ("lo", "hi") if self.positive > 0 else ("hi", "lo")
+            for name, end in zip(("lo", "hi"), ends, strict=True):
+                records[name] = self(source.records[end]) + np.float32(0)  # -0.0 becomes 0.0
         return TensorStatistics.of(
-            source.histogram.mapped(self),
+            histogram,
             records,
             nan=source.nan,
             inf=source.inf,
             first_non_finite=source.first_non_finite,
+            channels=channels,
         )
 
 
@@ -101,10 +103,11 @@ def _fused(proto: onnx.ModelProto) -> set[str]:
 
 
 def derived(known: Statistics, steps: Mapping[str, Derivation]) -> Statistics:
-    """Statistics with those that follow from them."""
+    """Statistics with those that follow from them; what was observed of a tensor's channels is kept."""
     tensors = dict(known.tensors)
     for name, step in steps.items():
-        tensors[name] = step.statistics(tensors[step.source])
+        channels = tensors[name].channels if name in tensors else None
+        tensors[name] = step.statistics(tensors[step.source], channels)
     return Statistics(tensors, known.samples)
 
 

@@ -21,7 +21,7 @@ from qdqtool import model as models
 from qdqtool.batching import Batch, Batching, Held, Sample
 from qdqtool.data import Data
 from qdqtool.device import DeviceStatistics, Library
-from qdqtool.engine import Engine, Local, cpus
+from qdqtool.engine import Engine, Local
 from qdqtool.errors import DataError, StatisticsError
 from qdqtool.fit import Feeds
 from qdqtool.scopes import read_by
@@ -30,6 +30,9 @@ from qdqtool.sweeps import Sweeps
 
 Progress = Callable[[str, int, int | None], None]
 """Called with the step's name, samples done and samples in all (None while unknown)."""
+
+Told = Callable[[str], None]
+"""Called with a line that the user should read."""
 
 HELD: Final = batching.MAX_BATCH
 """Samples kept for the steps behind observation (bias correction, verification), chosen by content."""
@@ -40,7 +43,7 @@ _SAVING_SHARE: Final = 0.05  # of the time may go into saving
 class Keeper(Protocol):
     """Keeps what was found of some tensors, so that an interrupted run can go on."""
 
-    def partial(self, tensors: Sequence[str]) -> Statistics | None:
+    def partial(self, tensors: Sequence[str], axes: Mapping[str, int], plan: Batching) -> Statistics | None:
         """What an interrupted run found of exactly these tensors, on part of the samples; None where there is none."""
         ...
 
@@ -57,10 +60,12 @@ class Observing:
         memory: bytes that observed activations may take at any time, on the GPU where they stay there; None: half of
             the machine's memory, or of what the GPU has free.
         engine: where batches run.
+        told: told in a line, before the work begins, that the data pass several times, or that memory will not do.
     """
 
     memory: int | None = None
     engine: Engine = field(default_factory=Local)
+    told: Told = lambda note: None
 
 
 @dataclass(frozen=True)
@@ -93,7 +98,6 @@ class ObserveJob:
         tensors: names of float tensors; graph inputs may be among them.
         axes: tensor -> channel axis, where each channel's statistics are wanted too.
         provider: execution provider, already known to load.
-        threads: of the runtime, for each batch.
         at_once: batches at once, however many threads bring some.
         library: counts activations on the device where they are computed; None: they come to the host.
     """
@@ -102,7 +106,6 @@ class ObserveJob:
     tensors: tuple[str, ...]
     axes: Mapping[str, int]
     provider: str = "cpu"
-    threads: int = 1
     at_once: int = 1
     library: Library | None = None
 
@@ -122,7 +125,9 @@ class ObserveJob:
     @functools.cached_property
     def session(self) -> Any:
         """The loaded model; each process has its own."""
-        return runtime.session(self.model, provider=self.provider, threads=self.threads)
+        # A node computes the same bits whatever else is observed only where nothing is fused, and whatever batch it is
+        # in only on one thread.
+        return runtime.session(self.model, provider=self.provider, optimize=False, threads=1)
 
     def __getstate__(self) -> dict[str, Any]:
         """Without the session, which stays where it is."""
@@ -226,14 +231,19 @@ def observe(
     """
     options = options or Observing()
     library, note = device.find(provider)
-    plan = sweeps.plan_sweeps(_sizes(proto, tensors, data, provider), *_limits(options, library))
-    jobs = _jobs(ObserveJob(proto, tuple(tensors), axes or {}, provider, library=library), plan, options)
-    cut = _batching(jobs, data, plan, options)
-    run = _Run(data, samples, cut, options.engine, progress, keeper, len(jobs))
+    whole = ObserveJob(proto, tuple(tensors), axes or {}, provider, library=library)
+    plan = _plan(whole, data, options)
+    jobs = _Jobs(whole, plan)
+    cut = _batching(jobs, data, plan)
+    if not cut.rows and (again := _plan(whole, data, options, rows=False)) != plan:  # feeds may have many rows
+        plan, jobs = again, _Jobs(whole, again)
+    notes = (*plan.notes(), *filter(None, [note]))
+    for line in notes:
+        options.told(line)
+    run = _Run(data, samples, cut, options.engine, progress, keeper, len(plan.groups))
     found: dict[str, TensorStatistics] = {}
-    while jobs:
-        found.update(run.sweep(jobs.pop(0)).tensors)
-    notes = () if note is None else (note,)
+    for job in jobs:
+        found.update(run.sweep(job).tensors)
     return Observation(Statistics(found, run.samples), tuple(run.held.samples), cut, plan, run.resumed, notes)
 
 
@@ -257,7 +267,7 @@ class _Run:
 
     def sweep(self, job: ObserveJob) -> Statistics:
         """Statistics of one group of tensors on all samples."""
-        total = self.keeper.partial(job.tensors) if self.keeper is not None and job.tensors else None
+        total = self._partial(job)
         done = frozenset() if total is None else total.positions
         self.resumed = max(self.resumed, len(done))
         self.samples, self.drawn = 0, False
@@ -282,6 +292,10 @@ class _Run:
         if self.swept < self.sweeps:
             self._keep(total, whole=True)
         return total
+
+    def _partial(self, job: ObserveJob) -> Statistics | None:
+        axes = {name: axis for name, axis in job.axes.items() if name in job.tensors}
+        return self.keeper.partial(job.tensors, axes, self.batching) if self.keeper and job.tensors else None
 
     def _new(self, done: frozenset[int]) -> Iterator[Sample]:
         """The samples chosen, without those that were observed before; all of them are counted and may be held."""
@@ -313,16 +327,17 @@ def chosen(plan: Batching, data: Data, samples: int | None) -> Iterator[Sample]:
     yield from (sample for sample in plan.samples(data) if sample.position in positions)
 
 
-def _sizes(proto: onnx.ModelProto, tensors: Sequence[str], data: Data, provider: str) -> dict[str, int]:
-    """Bytes of each tensor's values for one sample that are held for the sake of observing it."""
-    sizes = sweeps.known_sizes(proto, tensors)
+def _plan(whole: ObserveJob, data: Data, options: Observing, *, rows: bool = True) -> Sweeps:
+    """Which tensors are observed together; ``rows``: a sample is a row, as it may turn out to be."""
+    sizes = sweeps.known_sizes(whole.model, whole.tensors, rows=rows)
     if sizes is None:  # the first feed tells
-        active = runtime.session(sweeps.measuring(proto, tensors), provider=provider)
-        feed = batching.first_feed(models.inputs(proto), data)
-        names = [sweeps.size_name(name) for name in tensors]
+        active = runtime.session(sweeps.measuring(whole.model, whole.tensors), provider=whole.provider)
+        feed = batching.first_feed(models.inputs(whole.model), data)
+        names = [sweeps.size_name(name) for name in whole.tensors]
         counts = (int(value) for value in runtime.run(active, names, feed))
-        sizes = {name: 4 * count for name, count in zip(tensors, counts, strict=True)}
-    return sizes | {info.name: 0 for info in models.inputs(proto) if info.name in sizes}  # they are there anyway
+        sizes = {name: 4 * count for name, count in zip(whole.tensors, counts, strict=True)}
+    sizes |= {info.name: 0 for info in models.inputs(whole.model) if info.name in sizes}  # they are there anyway
+    return sweeps.plan_sweeps(sizes, *_limits(options, whole.library))
 
 
 def _limits(options: Observing, library: Library | None) -> tuple[int | None, int]:
@@ -332,31 +347,39 @@ def _limits(options: Observing, library: Library | None) -> tuple[int | None, in
     return options.memory or library.free_bytes() // 2, min(options.engine.threads, device.AT_ONCE)
 
 
-def _jobs(whole: ObserveJob, plan: Sweeps, options: Observing) -> list[ObserveJob]:
+@dataclass(frozen=True)
+class _Jobs:
     """A job for each sweep; the last one runs the whole model, those before only what their tensors need."""
-    spare = plan.threads < options.engine.threads  # fewer batches at once than there are processors
-    threads = max(1, cpus() // plan.threads) if spare else 1
-    inputs = {info.name for info in models.inputs(whole.model)}
-    jobs = []
-    for group in plan.groups:
+
+    whole: ObserveJob
+    plan: Sweeps
+
+    def __iter__(self) -> Iterator[ObserveJob]:
+        """Each is made when it is wanted, as it holds a copy of the model's weights; one that is alone is kept."""
+        if len(self.plan.groups) == 1:
+            yield self._only
+        else:
+            yield from (self._job(group) for group in self.plan.groups)
+
+    @functools.cached_property
+    def _only(self) -> ObserveJob:
+        return self._job(self.plan.groups[0])
+
+    def _job(self, group: tuple[str, ...]) -> ObserveJob:
+        inputs = {info.name for info in models.inputs(self.whole.model)}
         wanted = [name for name in group if name not in inputs]
-        last = group is plan.groups[-1]
-        model = with_outputs(whole.model, wanted) if last else pruned(whole.model, wanted or group)
-        jobs.append(replace(whole, model=model, tensors=group, threads=threads, at_once=plan.threads))
-    return jobs
+        extend = with_outputs if group == self.plan.groups[-1] else pruned
+        return replace(self.whole, model=extend(self.whole.model, wanted), tensors=group, at_once=self.plan.threads)
 
 
-def _batching(jobs: Sequence[ObserveJob], data: Data, plan: Sweeps, options: Observing) -> Batching:
-    """How samples may be joined: as every sweep allows."""
+def _batching(jobs: Iterable[ObserveJob], data: Data, plan: Sweeps) -> Batching:
+    """How samples may be joined: as every sweep allows, and no more of them than the largest has room for."""
+    found = []
     for job in jobs:
-        inputs = models.inputs(job.model)
-        found = batching.plan_batching(inputs, data, job.run, plan.batch_bytes)
-        if len(jobs) > 1:
-            job.__dict__.pop("session", None)  # only one sweep's model is in memory at a time
-        if not found.rows or found.fixed:
-            break
-    budget = options.memory
-    return found if budget is None else replace(found, together_bytes=min(budget, found.together_bytes))
+        found.append(batching.plan_batching(models.inputs(job.model), data, job.run, plan.batch_bytes))
+        if not found[-1].rows or found[-1].fixed:
+            return found[-1]
+    return min(found, key=lambda cut: cut.size)
 
 
 def with_outputs(proto: onnx.ModelProto, tensors: Iterable[str]) -> onnx.ModelProto:
@@ -383,4 +406,5 @@ def pruned(proto: onnx.ModelProto, tensors: Sequence[str]) -> onnx.ModelProto:
     part.graph.node.extend(reversed(kept))
     part.graph.input.extend(proto.graph.input)
     part.graph.initializer.extend(t for t in proto.graph.initializer if t.name in needed)
+    part.graph.sparse_initializer.extend(t for t in proto.graph.sparse_initializer if t.values.name in needed)
     return with_outputs(part, tensors)

@@ -7,6 +7,7 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import onnx
 
@@ -18,9 +19,9 @@ from qdqtool.calibration import Calibration
 from qdqtool.collect import collect
 from qdqtool.data import Data, open_data
 from qdqtool.engine import Engine
-from qdqtool.errors import DataError
+from qdqtool.errors import DataError, RecipeError
 from qdqtool.model import ModelSource
-from qdqtool.observe import Observing, Progress
+from qdqtool.observe import Observing, Progress, Told
 from qdqtool.passes import (
     AddBias,
     ChooseRanges,
@@ -97,17 +98,17 @@ def preparation() -> list[Pass]:
     ]
 
 
-def quantization(recipe: Recipe, *, given: bool = False, data: bool = True) -> list[Pass]:
+def quantization(recipe: Recipe, *, given: str | None = None, data: bool = True) -> list[Pass]:
     """Passes from the prepared float graph to the verified QDQ graph.
 
     Args:
         recipe: the user's choices.
-        given: statistics are given, so nothing is observed.
+        given: name of the statistics that are given, or ""; None: activations are observed.
         data: there are calibration data; without any, steps that need them are left out.
     """
     formats: list[Pass] = [RaiseOpset(recipe.min_opset), InferShapes()] if recipe.min_opset > BASE_OPSET else []
     refine: list[Pass] = [CorrectBias()] if recipe.bias_correction and data else []
-    observe = UseStatistics() if given else Observe()
+    observe = Observe() if given is None else UseStatistics(given)
     return [PlanQuantization(), observe, ChooseRanges(), *formats, *refine, InsertQdq(), Verify()]
 
 
@@ -122,6 +123,7 @@ def quantize(
     engine: Engine | None = None,
     cache: bool | str | os.PathLike[str] = True,
     progress: Progress | None = None,
+    told: Told | None = None,
     callback: Callback | None = None,
     **fields: object,
 ) -> Result:
@@ -140,6 +142,7 @@ def quantize(
         engine: where observation runs, such as :class:`qdqtool.engine_ray.Ray`; None: here.
         cache: keep statistics between runs, in the user's cache folder or the one named here.
         progress: told after every batch.
+        told: told before the work, in a line, where the data must pass several times; the report has it too.
         callback: called after every pass with the pass, the state and its timing.
         **fields: recipe fields, e.g. ``target="cpu"``, ``calibrator="percentile"``, ``nodes_to_exclude=["head/.*"]``.
 
@@ -149,12 +152,15 @@ def quantize(
     chosen = make_recipe(recipe, fields)
     state, facts = load(model, chosen, provider)
     state.progress = progress
-    state.observing, state.cache = _observing(memory, engine), _cache(cache)
-    if statistics is not None:
-        state.calibration = statistics if isinstance(statistics, Calibration) else statistics_file.read(statistics)
+    state.observing, state.cache = _observing(memory, engine, told), _cache(cache)
+    given = None
+    if isinstance(statistics, Calibration):
+        state.calibration, given = statistics, ""
+    elif statistics is not None:
+        state.calibration, given = statistics_file.read(statistics), os.fspath(statistics)
     with _opened(data, state) as opened:
         state.data = opened
-        steps = quantization(chosen, given=statistics is not None, data=opened is not None)
+        steps = quantization(chosen, given=given, data=opened is not None)
         manager = PassManager([*preparation(), *steps], callback)
         timings = manager.run(state, facts if opened is None else facts | {Fact.DATA})
         return _result(state, timings)
@@ -171,6 +177,7 @@ def calibrate(
     engine: Engine | None = None,
     cache: bool | str | os.PathLike[str] = True,
     progress: Progress | None = None,
+    told: Told | None = None,
     **fields: object,
 ) -> Calibration:
     """Observe a model's activations once, for :func:`quantize` to use with any calibrator, bit width and target.
@@ -179,27 +186,40 @@ def calibrate(
         model: path or ModelProto; never changed.
         data: as for :func:`quantize`.
         targets: whose activations to observe; None: those of every target that this program knows.
-        recipe: a :class:`Recipe` or its fields, where it quantizes tensors that a target alone would not; ``fields``
-            override it.
-        provider: as for :func:`quantize`.
+        recipe: a :class:`Recipe` or its fields, which say what is quantized on these targets; ``fields`` override it.
+        provider: as for :func:`quantize`; "auto" is the CPU where no other target is named.
         memory: as for :func:`quantize`.
         engine: as for :func:`quantize`.
         cache: as for :func:`quantize`.
         progress: as for :func:`quantize`.
+        told: told in a line each what the user should know: before the work where the data must pass several times,
+            afterwards what came from earlier runs.
         **fields: recipe fields.
 
     Raises:
         QdqError: one of its kinds says what is wrong and what to do.
     """
-    chosen = make_recipe(recipe, fields)
+    wanted = [target(name) for name in (TARGETS if targets is None else targets)]
+    if not wanted:
+        raise RecipeError(f"no target was named; name some of {', '.join(TARGETS)}, or leave targets out for all")
+    if data is None:
+        raise DataError("observing needs calibration data: pass an .npz, a folder, arrays or an iterable of feeds")
+    chosen = make_recipe(recipe, {**fields, "target": "cpu" if {one.name for one in wanted} == {"cpu"} else "cuda"})
     state, facts = load(model, chosen, provider)
     prepare = PassManager(preparation())
     prepare.run(state, facts)
     facts = prepare.check(facts)
     tensors: dict[str, None] = {}
     axes: dict[str, int] = {}
-    for name in TARGETS if targets is None else targets:
-        state.target = target(name)
+    said: set[str] = set()
+
+    def tell(note: str) -> None:
+        if told is not None and note not in said:
+            said.add(note)
+            told(note)
+
+    for one in wanted:
+        state.target = one
         PassManager([PlanQuantization()]).run(state, facts)
         assert state.plan is not None
         tensors |= dict.fromkeys(state.plan.observed())
@@ -213,22 +233,24 @@ def calibrate(
             axes=axes,
             samples=chosen.samples,
             provider=state.provider,
-            options=_observing(memory, engine),
+            options=_observing(memory, engine, tell),
             cache=_cache(cache),
             progress=progress,
         )
+    for note in found.notes:
+        tell(note)
     return found.calibration
 
 
-def _observing(memory: int | str | None, engine: Engine | None) -> Observing:
+def _observing(memory: int | str | None, engine: Engine | None, told: Told | None) -> Observing:
     budget = None if memory is None else parse_bytes(memory)
-    return Observing(budget) if engine is None else Observing(budget, engine)
+    given: dict[str, Any] = {"engine": engine, "told": told}
+    return Observing(budget, **{name: value for name, value in given.items() if value is not None})
 
 
 def _cache(wanted: bool | str | os.PathLike[str]) -> Cache | None:
-    if isinstance(wanted, bool):
-        return Cache(default_folder()) if wanted else None
-    return Cache(Path(wanted))
+    folder = default_folder() if wanted is True else None if wanted is False else Path(wanted)
+    return None if folder is None else Cache(folder)
 
 
 def dry_run(
@@ -314,8 +336,9 @@ def _result(state: State, timings: tuple[Timing, ...]) -> Result:
         RECIPE_KEY: state.recipe.to_json(),
         FLOAT_KEY: state.float_sha256,
     }
-    synthetic = state.calibration is not None and state.calibration.synthetic
+    ranges = state.calibration is not None and state.calibration.synthetic
+    synthetic = ranges or (state.data is not None and state.data.synthetic)
     if synthetic:
-        extra[SYNTHETIC_KEY] = "ranges come from random data"
+        extra[SYNTHETIC_KEY] = f"{'ranges' if ranges else 'bias corrections'} come from random data"
     proto = models.to_proto(state.quantized, state.header, extra)
     return Result(proto, make_report(state, proto, timings, synthetic=synthetic), state.plan, state.recipe)

@@ -1,6 +1,6 @@
 """Statistics files: a zip archive of one JSON header and plain .npy arrays, no pickle; written byte for byte the same.
 
-    header.json    what they belong to, and a list of the tensors with their single figures
+    header.json    what they belong to, and a list of the tensors, by name, with their single figures
     samples.npy    (samples,) of digest (16 bytes) and position (int64), by position
     extremes.npy   float32 (tensors, samples, 2): least and greatest finite value, NaN where there was none
     bins.npy       uint32: the upper 19 bits of the float32 values in each occupied bin, tensor after tensor
@@ -42,7 +42,8 @@ def write(calibration: Calibration, path: str | os.PathLike[str]) -> Path:
     """Write statistics atomically: the file appears whole under its name, or not at all.
 
     Raises:
-        StatisticsError: the folder does not exist or cannot be written.
+        StatisticsError: the folder does not exist or cannot be written, or the tensors were not all observed on the
+            same samples.
     """
     target = Path(path)
     try:
@@ -62,7 +63,7 @@ def read(path: str | os.PathLike[str]) -> Calibration:
     source = Path(path)
     try:
         with zipfile.ZipFile(source) as archive:
-            header = json.loads(archive.read("header.json"))
+            header = json.loads(archive.read("header.json")) if "header.json" in archive.namelist() else {}
             if header.get("format") != FORMAT:
                 raise StatisticsError(f"{source} is no statistics file; make one with 'qdqtool observe'")
             if header["version"] != VERSION:
@@ -81,8 +82,11 @@ def read(path: str | os.PathLike[str]) -> Calibration:
 
 
 def _write(calibration: Calibration, path: Path) -> None:
-    tensors = calibration.statistics.tensors
+    tensors = dict(sorted(calibration.statistics.tensors.items()))  # equal statistics make equal files
     records = [stats.records for stats in tensors.values()]
+    keys = [record[["sample", "position"]].astype(_SAMPLE) for record in records]
+    if any(key.tobytes() != keys[0].tobytes() for key in keys):
+        raise StatisticsError("statistics of tensors that were not all observed on the same samples make no file")
     bins = [stats.histogram.arrays() for stats in tensors.values()]
     header = {
         "format": FORMAT,
@@ -96,11 +100,11 @@ def _write(calibration: Calibration, path: Path) -> None:
         "tensors": [_figures(name, stats) for name, stats in tensors.items()],
     }
     arrays = {
-        "samples": records[0][["sample", "position"]].astype(_SAMPLE) if records else np.empty(0, _SAMPLE),
+        "samples": keys[0] if keys else np.empty(0, _SAMPLE),
         "extremes": np.array([np.stack([r["lo"], r["hi"]], axis=-1) for r in records], np.float32),
-        "bins": _joined([keys for keys, _ in bins], np.uint32),
+        "bins": _joined([places for places, _ in bins], np.uint32),
         "counts": _joined([counts for _, counts in bins], np.int64),
-        "offsets": np.cumsum([0, *(keys.size for keys, _ in bins)], dtype=np.int64),
+        "offsets": np.cumsum([0, *(counts.size for _, counts in bins)], dtype=np.int64),
     }
     for index, stats in enumerate(tensors.values()):
         for name, values in (stats.channels.arrays() if stats.channels is not None else {}).items():
@@ -114,7 +118,7 @@ def _write(calibration: Calibration, path: Path) -> None:
 
 
 def _put(archive: zipfile.ZipFile, name: str, content: bytes | memoryview) -> None:
-    info = zipfile.ZipInfo(name)  # without the time: equal statistics make equal files
+    info = zipfile.ZipInfo(name)  # without the time, which would make each file another
     info.compress_type = zipfile.ZIP_DEFLATED
     archive.writestr(info, content)
 
@@ -170,7 +174,11 @@ def _channels(axis: int | None, index: int, archive: zipfile.ZipFile) -> Any:
 
     prefix = f"channels/{index}/"
     names = [n.removeprefix(prefix).removesuffix(".npy") for n in archive.namelist() if n.startswith(prefix)]
-    return ChannelStatistics.from_arrays(axis, {name: _array(archive, f"{prefix}{name}") for name in names})
+    arrays = {name: _array(archive, f"{prefix}{name}") for name in names}
+    try:
+        return ChannelStatistics.from_arrays(axis, arrays)
+    except StatisticsError as error:  # which does not know the file
+        raise ValueError(error) from error
 
 
 def _array(archive: zipfile.ZipFile, name: str) -> npt.NDArray[Any]:

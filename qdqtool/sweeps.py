@@ -10,7 +10,7 @@ import math
 import os
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Final
 
 import onnx
@@ -31,20 +31,34 @@ class Sweeps:
         bytes_each: observed activations of one sample in the largest group, bytes.
         threads: batches that run at once.
         batch_bytes: observed activations of one batch, bytes, unless one sample alone has more.
+        budget: what observed activations were to take at most, bytes.
+        beyond: tensor -> bytes, where one tensor alone takes more than the budget.
     """
 
     groups: tuple[tuple[str, ...], ...]
     bytes_each: int
     threads: int
     batch_bytes: int
+    budget: int = 0
+    beyond: Mapping[str, int] = field(default_factory=dict)
 
-    def describe(self) -> str:
-        """The plan in one line."""
-        sizes = ", ".join(str(len(group)) for group in self.groups)
-        return (
-            f"activations are observed in {len(self.groups)} sweeps over the data, of {sizes} tensors, "
-            f"each with at most {max(self.bytes_each, 1) / 1e6:.1f} MB a sample"
-        )
+    def notes(self) -> list[str]:
+        """What the user should know: nothing where the data pass once and the budget is kept."""
+        found = []
+        if len(self.groups) > 1:
+            sizes = ", ".join(str(len(group)) for group in self.groups)
+            found.append(
+                f"activations are observed in {len(self.groups)} sweeps over the data, of {sizes} tensors, "
+                f"each with at most {_text(self.bytes_each)} a sample"
+            )
+        if self.beyond:
+            most = max(self.beyond, key=lambda name: self.beyond[name])
+            others = f", and {len(self.beyond) - 1} more tensors do too" if len(self.beyond) > 1 else ""
+            found.append(
+                f"the {_text(self.budget)} for activations do not suffice: {most!r} alone takes up to "
+                f"{_text(self.beyond[most])}, {_TRIAL} samples of it{others}"
+            )
+        return found
 
 
 def plan_sweeps(sizes: Mapping[str, int], budget: int | None, threads: int) -> Sweeps:
@@ -59,14 +73,19 @@ def plan_sweeps(sizes: Mapping[str, int], budget: int | None, threads: int) -> S
     groups: list[list[str]] = [[]]
     filled = 0
     for name, size in sizes.items():
-        if filled and _TRIAL * (filled + size) > limit:
+        if filled and size and _TRIAL * (filled + size) > limit:
             groups.append([])
             filled = 0
         groups[-1].append(name)
         filled += size
     largest = max(sum(sizes[name] for name in group) for group in groups)
     threads = max(1, min(threads, limit // max(largest, 1)))
-    return Sweeps(tuple(map(tuple, groups)), largest, threads, min(_BATCH_BYTES, limit) // threads)
+    beyond = {name: _TRIAL * size for name, size in sizes.items() if _TRIAL * size > limit}
+    return Sweeps(tuple(map(tuple, groups)), largest, threads, min(_BATCH_BYTES, limit) // threads, limit, beyond)
+
+
+def _text(size: int) -> str:
+    return f"{size / 1e6:.3g} MB" if size < 1e9 else f"{size / 1e9:.3g} GB"
 
 
 def default_budget() -> int:
@@ -77,18 +96,27 @@ def default_budget() -> int:
         return 8 << 30
 
 
-def known_sizes(proto: onnx.ModelProto, tensors: Sequence[str]) -> dict[str, int] | None:
-    """Bytes of each tensor for one sample by the shapes in the model; None where one is unknown but for axis 0."""
+def known_sizes(proto: onnx.ModelProto, tensors: Sequence[str], *, rows: bool = True) -> dict[str, int] | None:
+    """Bytes of each tensor for one sample by the shapes in the model; None where one of them is unknown.
+
+    Args:
+        proto: the model.
+        tensors: names of float tensors.
+        rows: a sample is one row along axis 0 of the inputs, whose free extent is 1 then in every tensor that has it;
+            else it is unknown.
+    """
     values = {v.name: v for v in (*proto.graph.value_info, *proto.graph.input, *proto.graph.output)}
+    first = [v.type.tensor_type.shape.dim[:1] for v in proto.graph.input if v.type.HasField("tensor_type")]
+    batch = {dim.dim_param for dims in first for dim in dims if rows and dim.dim_param}
     found = {}
     for name in tensors:
         kind = values[name].type.tensor_type if name in values else None
         if kind is None or not kind.HasField("shape"):
             return None
-        dims = [d.dim_value if d.HasField("dim_value") else None for d in kind.shape.dim]
-        if None in dims[1:]:
+        dims = [1 if d.dim_param in batch else d.dim_value if d.HasField("dim_value") else None for d in kind.shape.dim]
+        if None in dims:
             return None
-        found[name] = math.prod(d if d is not None else 1 for d in dims) * 4
+        found[name] = 4 * math.prod(d for d in dims if d is not None)
     return found
 
 
@@ -114,10 +142,10 @@ def parse_bytes(text: str | int) -> int:
     Raises:
         DataError: it is none of these, or not positive.
     """
-    match = re.fullmatch(r"\s*([\d.]+(?:[eE]\d+)?)\s*([kKmMgG]?[iI]?)[bB]?\s*", str(text))
+    match = re.fullmatch(r"\s*([\d.]+(?:[eE]\+?\d+)?)\s*([kKmMgG]?[iI]?)[bB]?\s*", str(text))
     try:
         size = int(float(match[1]) * _UNITS[match[2].upper()]) if match else 0
-    except (ValueError, KeyError):
+    except (ValueError, KeyError, OverflowError):
         size = 0
     if size <= 0:
         raise DataError(f"{text!r} is no amount of memory; give bytes, or as in 4GB or 512MiB")

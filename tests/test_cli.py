@@ -31,6 +31,7 @@ g (float[N, 3, 8, 8] image) => (float[N, 4] logits) {
     flat = Flatten(pooled)
     logits = Gemm(flat, w2, b2)
 }"""
+LISTS = ("passes", "calibrators", "targets")
 Run = Callable[..., Result]
 
 
@@ -401,9 +402,9 @@ class TestProcess:
 
     def test_help_has_examples_and_sections(self, run: Run) -> None:
         listed = [line.split()[0] for line in run("--help").stdout.partition("Commands:\n")[2].splitlines()]
-        assert listed == ["quantize", "compare", "recipe", "passes", "calibrators", "targets"]
+        assert listed == ["quantize", "compare", "recipe", "observe", "merge", "cache", *LISTS]
         text = run("quantize", "--help").stdout
         assert "Nodes and tensors:" in text
         assert "  qdqtool quantize model.onnx --dry-run --target tensorrt\n" in text
-        for command in ("compare", "recipe", "passes", "calibrators", "targets"):
+        for command in listed[1:]:
             assert "Examples:\n  qdqtool " in run(command, "--help").stdout
