@@ -21,7 +21,7 @@ from qdqtool.engine import Item, Job, Result
 from qdqtool.engine_ray_task import Call, Packed, pack, shipped, size, unpack, versions
 from qdqtool.errors import RecipeError, RuntimeUnavailableError
 
-_AHEAD: Final = 4  # tasks sent for each processor: while one runs, the items of the next arrive
+_AHEAD: Final = 2  # tasks sent for each processor: while one runs, the items of the next arrive
 _TOGETHER: Final = 8  # findings that one task merges
 _AWAY: Final = 64  # chunks at most whose merged findings are not yet with the driver
 _SECONDS: Final = 0.25  # of work in a task at least; Ray itself takes some milliseconds for each
