@@ -23,7 +23,7 @@ demo: .venv/installed
 		--eval $(SAMPLE)/evaluation.npz --metric top1 --target cpu -o demo/digits.qdq.onnx
 
 test: lint
-	$(BIN)/python -m pytest --quiet -n $(JOBS) --maxprocesses 8
+	$(BIN)/python -m pytest --quiet -n $(JOBS) --maxprocesses 8 --dist loadgroup
 
 lint: .venv/installed-dev
 	$(BIN)/ruff check .

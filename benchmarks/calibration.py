@@ -4,7 +4,8 @@
 
 All times of a row are medians of rounds in which each contender runs once, in turn. *Plain* is the float model on the
 runtime's default session, in batches of the size that observation chooses. Every time includes loading the model, none
-includes preparing it. onnxruntime's Percentile calibration gets the same prepared model, and the nearest smaller batches that are all full.
+includes preparing it. onnxruntime's Percentile calibration gets the same prepared model, in the nearest smaller batches
+that are all full.
 """
 
 from __future__ import annotations
@@ -25,8 +26,8 @@ import onnx
 from benchmarks.zoo import DEFAULT, load_zoo
 from qdqtool import model as models
 from qdqtool import pipeline, registry, runtime
+from qdqtool.collect import Collected, collect
 from qdqtool.data import open_data
-from qdqtool.observe import Observation, observe
 from qdqtool.plan import Plan
 from qdqtool.statistics import TensorStatistics
 
@@ -74,18 +75,18 @@ def ort_percentile(proto: onnx.ModelProto, batches: Sequence[Mapping[str, Any]])
             calibrator.compute_data()
 
 
-def thresholds(plan: Plan, seen: Observation) -> dict[str, float]:
+def thresholds(plan: Plan, seen: Collected) -> dict[str, float]:
     """Seconds that each calibrator takes for all tensors; what all of them share (bins and their sums) comes apart."""
     specs = [(plan.tensors[key], spec) for key, spec in plan.specs() if key not in plan.constants and not spec.fixed]
     start = time.perf_counter()
-    for stats in seen.statistics.tensors.values():
+    for stats in seen.calibration.statistics.tensors.values():
         _ = stats.bins.prefix
     found = {"bins": time.perf_counter() - start}
     for name in registry.catalogue("calibrators"):
         calibrator = registry.make("calibrators", name, {})
         start = time.perf_counter()
         for tensor, spec in specs:
-            calibrator.choose(seen.statistics[tensor], spec)
+            calibrator.choose(seen.calibration.statistics[tensor], spec)
         found[name] = time.perf_counter() - start
     return found
 
@@ -103,13 +104,15 @@ def measure(zoo: Any, name: str, rounds: int) -> tuple[str, dict[str, float]]:
     assert state.plan is not None
     proto, tensors = models.to_proto(state.graph, state.header), state.plan.observed()
     with open_data(feeds, models.inputs(proto)) as data:
-        seen = observe(proto, tensors, data)
-        batches = joined(feeds, seen.batching.size)
-        even = max(n for n in range(1, seen.batching.size + 1) if SAMPLES % n == 0)  # a short last batch breaks ort
+        seen = collect(proto, tensors, data)
+        batches = joined(feeds, seen.calibration.batching.size)
+        even = max(
+            n for n in range(1, seen.calibration.batching.size + 1) if SAMPLES % n == 0
+        )  # a short last batch breaks ort
         even_batches = joined(feeds, even)
         work = {
             "plain": lambda: plain(onnx.load(case.model), batches),
-            "observe": lambda: observe(proto, tensors, data),
+            "observe": lambda: collect(proto, tensors, data),
             "ort": lambda: ort_percentile(proto, even_batches),
         }
         times: dict[str, list[float]] = {key: [] for key in work}
@@ -118,7 +121,7 @@ def measure(zoo: Any, name: str, rounds: int) -> tuple[str, dict[str, float]]:
                 times[key].append(timed(one))
     took = {key: float(np.median(values)) for key, values in times.items()}
     spent = thresholds(state.plan, seen)
-    values = sum(seen.statistics[t].count for t in tensors) / 1e6
+    values = sum(seen.calibration.statistics[t].count for t in tensors) / 1e6
     both = took["observe"] + sum(spent.values())
     row = (
         f"| {name} | {len(tensors)} | {values:.0f} M | {took['plain']:.2f} | {took['observe']:.2f} | "
@@ -172,12 +175,14 @@ def print_peak(zoo: Any, name: str, samples: int) -> None:
         }
         np.savez(path, **noisy)
         script = (
-            "import resource, sys, onnx; from qdqtool import model as m; from qdqtool.data import open_data; "
-            "from qdqtool.observe import observe; from qdqtool import runtime; "
+            "import onnx; from qdqtool import model as m; from qdqtool.data import open_data; "
+            "from qdqtool.collect import collect; from qdqtool import runtime; "
             f"proto = onnx.load({str(Path(folder) / 'model.onnx')!r}); runtime.session(proto); "
-            "start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss; "
-            f"observe(proto, {list(tensors)!r}, open_data({str(path)!r}, m.inputs(proto))); "
-            "print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - start) / 1024)"
+            "open('/proc/self/clear_refs', 'w').write('5'); "  # the peak from here on
+            "kib = lambda key: int([l for l in open('/proc/self/status') if l.startswith(key)][0].split()[1]); "
+            "start = kib('VmRSS'); "
+            f"collect(proto, {list(tensors)!r}, open_data({str(path)!r}, m.inputs(proto))); "
+            "print((kib('VmHWM') - start) / 1024)"
         )
         onnx.save(proto, Path(folder) / "model.onnx")
         done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)

@@ -13,7 +13,7 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final
@@ -53,9 +53,12 @@ class Cache:
     folder: Path
     most_bytes: int = _MOST_BYTES
 
-    def entry(self, model: ModelKey, data: str, samples: int | None, runtime: str) -> Entry:
-        """The entry for statistics of a model over ``data`` (a hash), or over so many samples of them."""
-        made_by = [qdqtool.__version__, statistics_file.VERSION, runtime]
+    def entry(self, model: ModelKey, data: str, samples: int | None, runtime: str, fenced: Iterable[str] = ()) -> Entry:
+        """The entry for statistics of a model over ``data`` (a hash), or over so many samples of them.
+
+        ``fenced`` are tensors that the runtime did not fuse across, which the bits of others depend on.
+        """
+        made_by = [qdqtool.__version__, statistics_file.VERSION, runtime, sorted(fenced)]
         parts = [*made_by, model.graph, model.weights, data, samples]
         name = hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
         return Entry(self, name, model, runtime)
@@ -131,6 +134,8 @@ class Entry:
     def keep(self, statistics: Statistics, *, whole: bool, plan: Batching) -> None:
         """Save statistics of a group of tensors, beside those of other tensors if they are on all samples."""
         made = self._made(statistics, plan)
+        if not statistics.tensors:
+            return
         if whole:
             self._write(self._beside(made), self._path())
         else:

@@ -18,6 +18,7 @@ from qdqtool.calibration import Calibration, ModelKey
 from qdqtool.data import Data
 from qdqtool.derive import Derivation, derivations, derived
 from qdqtool.errors import DataError
+from qdqtool.fence import fences
 from qdqtool.observe import HELD, Observing, Progress
 
 
@@ -67,9 +68,10 @@ def collect(
     """
     axes = axes or {}
     key, made_by = ModelKey.of(proto), runtime.describe(provider)
+    fenced = fences(proto, _divided(proto, tensors, axes, None)[0])
     entry = known = None
     if cache is not None:
-        entry = cache.entry(key, calibrations.digest_of(data), samples, made_by)
+        entry = cache.entry(key, calibrations.digest_of(data), samples, made_by, fenced)
         known = entry.load()
     missing = [name for name in tensors if known is None or not known.has(name, axes.get(name))]
     unseen, steps = _divided(proto, missing, axes, known)
@@ -87,6 +89,7 @@ def collect(
             options=options,
             progress=progress,
             keeper=entry,
+            fenced=fenced,
         )
         held = found.held
         notes += found.notes

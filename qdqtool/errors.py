@@ -31,7 +31,7 @@ class StatisticsError(QdqError):
 
 
 class RuntimeUnavailableError(QdqError):
-    """The execution provider that was asked for cannot be loaded on this machine."""
+    """What was asked for cannot run: an execution provider does not load, or Ray is missing or out of reach."""
 
 
 class GateError(QdqError):

@@ -22,7 +22,7 @@ import numpy.typing as npt
 from qdqtool.spec import FloatArray, IntArray
 
 MANTISSA_BITS: Final = 10
-_CHUNK: Final = 1 << 16  # elements; a chunk's temporaries stay in the second-level cache
+_CHUNK: Final = 1 << 15  # elements; a chunk's temporaries stay in the cache beside what the model computes there
 _SHIFT: Final = 23 - MANTISSA_BITS
 _PAGE: Final = 1 << MANTISSA_BITS  # bins of one power of two
 _SIGN: Final = 1 << 18  # the first bin of negative values
@@ -131,6 +131,17 @@ class Histogram:
         """Number of exact zeros (and of magnitudes below 9.2e-41)."""
         self._settle()
         return self._zeros
+
+    @property
+    def total(self) -> int:
+        """Number of values."""
+        self._settle()
+        return self._zeros + sum(int(counts.sum()) for counts in self._pages.values())
+
+    def __getstate__(self) -> dict[str, object]:
+        """Settled: the table takes ten times the room of the pages."""
+        self._settle()
+        return self.__dict__
 
     def add(self, values: npt.NDArray[np.float32], least: float, greatest: float) -> None:
         """Count finite ``values`` (flat, contiguous), the extremes of which are ``least`` and ``greatest``."""

@@ -23,6 +23,7 @@ from qdqtool.data import Data
 from qdqtool.device import DeviceStatistics, Library
 from qdqtool.engine import Engine, Local
 from qdqtool.errors import DataError, StatisticsError
+from qdqtool.fence import add_fences, fences, without_fences
 from qdqtool.fit import Feeds
 from qdqtool.scopes import read_by
 from qdqtool.statistics import Statistics, TensorStatistics
@@ -34,7 +35,7 @@ Progress = Callable[[str, int, int | None], None]
 Told = Callable[[str], None]
 """Called with a line that the user should read."""
 
-HELD: Final = batching.MAX_BATCH
+HELD: Final = 64
 """Samples kept for the steps behind observation (bias correction, verification), chosen by content."""
 _FIRST_SAVE: Final = 2.0  # seconds until what was found is first saved
 _SAVING_SHARE: Final = 0.05  # of the time may go into saving
@@ -119,15 +120,15 @@ class ObserveJob:
 
     def run(self, feeds: Feeds) -> dict[str, npt.NDArray[Any]]:
         """Every output of the model by name."""
-        names = [output.name for output in self.session.get_outputs()]
+        names = without_fences(output.name for output in self.session.get_outputs())
         return dict(zip(names, runtime.run(self.session, names, feeds), strict=True))
 
     @functools.cached_property
     def session(self) -> Any:
         """The loaded model; each process has its own."""
-        # A node computes the same bits whatever else is observed only where nothing is fused, and whatever batch it is
-        # in only on one thread.
-        return runtime.session(self.model, provider=self.provider, optimize=False, threads=1)
+        # On one thread a result does not depend on the batch it is part of, and with its fences the model computes the
+        # same bits whatever is observed; to leave out all optimizations takes up to three times as long.
+        return runtime.session(self.model, provider=self.provider, threads=1)
 
     def __getstate__(self) -> dict[str, Any]:
         """Without the session, which stays where it is."""
@@ -144,8 +145,7 @@ class _Observer:
         self._fed = [name for name in job.tensors if name in inputs]
         self._wanted = [name for name in job.tensors if name not in inputs]
         self._room = threading.BoundedSemaphore(job.at_once)
-        self._lock = threading.Lock()
-        self._locks = {name: threading.Lock() for name in job.tensors}
+        self._counting = threading.Lock()
         self._clear()
 
     def _clear(self) -> None:
@@ -160,14 +160,17 @@ class _Observer:
 
     def take(self, batch: Batch) -> None:
         """Run the model on a batch and count what comes out."""
+        keys = batch.keys
         with self._room:
             outputs = self._outputs(batch.feeds) if self._wanted else []
-            for name in self._fed:
-                self._count(name, batch.feeds[name], batch)
-            for name in reversed(self._wanted):  # each is let go as soon as it is counted
-                self._count(name, outputs.pop(), batch)
-        with self._lock:
-            self._samples += len(batch.samples)
+            # One thread counts while others run the model: counting holds the interpreter's lock most of the time, and
+            # two threads that count would only hand it to and fro.
+            with self._counting:
+                for name in self._fed:
+                    self._count(name, batch.feeds[name], batch, keys)
+                for name in reversed(self._wanted):  # each is let go as soon as it is counted
+                    self._count(name, outputs.pop(), batch, keys)
+                self._samples += len(batch.samples)
 
     def _outputs(self, feeds: Feeds) -> list[Any]:
         """The tensors wanted: arrays, but where a library counts them on the device, what lies there."""
@@ -177,11 +180,10 @@ class _Observer:
         outputs = runtime.run_bound(self._session, places, feeds)
         return [v.numpy() if name in self._axes else v for name, v in zip(self._wanted, outputs, strict=True)]
 
-    def _count(self, name: str, values: Any, batch: Batch) -> None:
+    def _count(self, name: str, values: Any, batch: Batch, keys: list[tuple[bytes, int]]) -> None:
         found = self._found[name]
         if isinstance(found, DeviceStatistics):
-            with self._locks[name]:
-                found.observe(values, batch)
+            found.observe(values, batch)
             return
         real = batch.real(values)
         if name in self._axes and real.ndim != values.ndim:
@@ -189,8 +191,7 @@ class _Observer:
                 f"the batch of tensor {name!r} is not its axis 0, so its channels cannot be told apart; "
                 "quantize it per tensor"
             )
-        with self._locks[name]:
-            found.observe(real, batch.keys)
+        found.observe(real, keys)
 
     def result(self) -> Statistics:
         """Statistics of the batches since the last call."""
@@ -211,6 +212,7 @@ def observe(
     options: Observing | None = None,
     progress: Progress | None = None,
     keeper: Keeper | None = None,
+    fenced: frozenset[str] | None = None,
 ) -> Observation:
     """Run the float model over the data and collect statistics of ``tensors``.
 
@@ -224,6 +226,7 @@ def observe(
         options: memory and engine.
         progress: told after every batch.
         keeper: saves what was found now and then, and gives what an interrupted run has saved.
+        fenced: tensors that the runtime must not fuse across; None: see :func:`qdqtool.fence.fences`.
 
     Raises:
         DataError: no sample came.
@@ -233,10 +236,10 @@ def observe(
     library, note = device.find(provider)
     whole = ObserveJob(proto, tuple(tensors), axes or {}, provider, library=library)
     plan = _plan(whole, data, options)
-    jobs = _Jobs(whole, plan)
+    jobs = _Jobs(whole, plan, fences(proto, tensors) if fenced is None else fenced)
     cut = _batching(jobs, data, plan)
     if not cut.rows and (again := _plan(whole, data, options, rows=False)) != plan:  # feeds may have many rows
-        plan, jobs = again, _Jobs(whole, again)
+        plan, jobs = again, replace(jobs, plan=again)
     notes = (*plan.notes(), *filter(None, [note]))
     for line in notes:
         options.told(line)
@@ -263,7 +266,7 @@ class _Run:
     held: Held = field(default_factory=lambda: Held(HELD))
     swept: int = 0
     drawn: bool = False
-    pace: float = _FIRST_SAVE
+    pace: float = field(default_factory=lambda: _FIRST_SAVE)
 
     def sweep(self, job: ObserveJob) -> Statistics:
         """Statistics of one group of tensors on all samples."""
@@ -337,7 +340,8 @@ def _plan(whole: ObserveJob, data: Data, options: Observing, *, rows: bool = Tru
         counts = (int(value) for value in runtime.run(active, names, feed))
         sizes = {name: 4 * count for name, count in zip(whole.tensors, counts, strict=True)}
     sizes |= {info.name: 0 for info in models.inputs(whole.model) if info.name in sizes}  # they are there anyway
-    return sweeps.plan_sweeps(sizes, *_limits(options, whole.library))
+    tried = rows and batching.tried(models.inputs(whole.model))
+    return sweeps.plan_sweeps(sizes, *_limits(options, whole.library), sweeps.TRIAL if tried else 1)
 
 
 def _limits(options: Observing, library: Library | None) -> tuple[int | None, int]:
@@ -353,6 +357,7 @@ class _Jobs:
 
     whole: ObserveJob
     plan: Sweeps
+    fenced: frozenset[str]
 
     def __iter__(self) -> Iterator[ObserveJob]:
         """Each is made when it is wanted, as it holds a copy of the model's weights; one that is alone is kept."""
@@ -368,8 +373,10 @@ class _Jobs:
     def _job(self, group: tuple[str, ...]) -> ObserveJob:
         inputs = {info.name for info in models.inputs(self.whole.model)}
         wanted = [name for name in group if name not in inputs]
-        extend = with_outputs if group == self.plan.groups[-1] else pruned
-        return replace(self.whole, model=extend(self.whole.model, wanted), tensors=group, at_once=self.plan.threads)
+        last = group == self.plan.groups[-1]
+        model = (with_outputs if last else pruned)(self.whole.model, wanted)
+        add_fences(model, self.fenced)
+        return replace(self.whole, model=model, tensors=group, at_once=self.plan.threads)
 
 
 def _batching(jobs: Iterable[ObserveJob], data: Data, plan: Sweeps) -> Batching:

@@ -24,6 +24,12 @@ PROVIDERS: Final[Mapping[str, tuple[str, ...]]] = {
     "cuda": ("CUDAExecutionProvider", "CPUExecutionProvider"),
     "tensorrt": ("TensorrtExecutionProvider", "CUDAExecutionProvider", "CPUExecutionProvider"),
 }
+WITHOUT_OPTIMIZERS: Final = "optimization.disable_specified_optimizers"
+"""Session configuration: optimizers that are left out, parted by semicolons."""
+BIAS_OPTIMIZER: Final = "WeightBiasQuantization"
+"""The optimizer that turns float biases into int32, for which CUDA has no kernel: they would be copied at every run."""
+STUB: Final = "qdqtool_stub"
+"""Symbol of a driver library without a device behind it, with which models are partitioned and never run."""
 
 
 def session(
@@ -56,7 +62,10 @@ def session(
     level = ort.GraphOptimizationLevel
     options.graph_optimization_level = level.ORT_ENABLE_ALL if optimize else level.ORT_DISABLE_ALL
     # Threads that spin while they wait slow down whatever runs beside them (counting, another program).
-    for key, value in {"session.intra_op.allow_spinning": "0", **(config or {})}.items():
+    defaults = {"session.intra_op.allow_spinning": "0"}
+    if provider != "cpu":
+        defaults[WITHOUT_OPTIMIZERS] = BIAS_OPTIMIZER
+    for key, value in {**defaults, **(config or {})}.items():
         options.add_session_config_entry(key, value)
     if optimized_path is not None:
         options.optimized_model_filepath = str(optimized_path)
@@ -163,10 +172,11 @@ def _why_no_gpu(provider: str) -> str | None:
     name = PROVIDERS[provider][0]
     if name not in ort.get_available_providers():
         return f"this build of onnxruntime ({ort.__version__}) has no {name}"
-    try:
-        driver = ctypes.CDLL("nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1")
-    except OSError:
+    driver = _driver()
+    if driver is None:
         return "no NVIDIA driver was found"
+    if is_stub_driver():
+        return "the NVIDIA driver is a stub without a device"
     count = ctypes.c_int(0)
     if driver.cuInit(0) != 0 or driver.cuDeviceGetCount(ctypes.byref(count)) != 0 or count.value == 0:
         return "the NVIDIA driver reports no device"
@@ -175,6 +185,19 @@ def _why_no_gpu(provider: str) -> str | None:
             ort.preload_dlls()
         found = session(_tiny_model(), provider=provider).get_providers()
     return None if name in found else f"{name} failed to load its libraries (CUDA, cuDNN or TensorRT)"
+
+
+def _driver() -> Any:
+    """The NVIDIA driver's library; None where there is none."""
+    try:
+        return ctypes.CDLL("nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1")
+    except OSError:
+        return None
+
+
+def is_stub_driver() -> bool:
+    """Whether the driver's library says of itself that it has no device and only lets models be partitioned."""
+    return hasattr(_driver(), STUB)
 
 
 def _tiny_model() -> onnx.ModelProto:

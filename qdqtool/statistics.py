@@ -25,7 +25,17 @@ RECORD: Final = np.dtype([("sample", "S16"), ("position", np.int64), ("lo", np.f
 """One sample's content hash, its position in the data, and its least and greatest finite value."""
 
 
-_BLOCK: Final = 1 << 18  # elements that are looked at twice, for extremes and counts, while they are in the cache
+_BLOCK: Final = 1 << 18  # elements
+_FRESH: Final = 32  # batches
+_NOTHING: Final = np.array([np.nan], np.float32)
+_ZERO: Final = np.float32(0)
+
+
+def _as_float32(values: npt.NDArray[Any]) -> npt.NDArray[np.float32]:
+    if values.dtype == np.float32:
+        return np.ascontiguousarray(values)
+    with np.errstate(over="ignore"):  # a float64 beyond float32 becomes Inf and is counted as such
+        return np.ascontiguousarray(values, np.float32)
 
 
 class TensorStatistics:
@@ -43,8 +53,8 @@ class TensorStatistics:
         self.first_non_finite: tuple[int, bytes] | None = (
             None  # position and hash of the earliest sample with NaN or Inf
         )
-        self._records: list[npt.NDArray[Any]] = [np.empty(0, RECORD)]
-        self._ordered = True  # whether the records are one array, by position
+        self._records = [np.empty(0, RECORD)]  # one array by position, and more behind it while values come
+        self._fresh: list[tuple[Sequence[tuple[bytes, int]], Any, Any]] = []  # what is in no array yet
 
     @classmethod
     def of(
@@ -61,7 +71,7 @@ class TensorStatistics:
         made = cls()
         made.histogram, made.channels = histogram, channels
         made.nan, made.inf, made.first_non_finite = nan, inf, first_non_finite
-        made._records, made._ordered = [records], False
+        made._records = [records[np.argsort(records["position"], kind="stable")]]
         return made
 
     def observe(self, values: npt.NDArray[Any], samples: Sequence[tuple[bytes, int]]) -> None:
@@ -72,36 +82,48 @@ class TensorStatistics:
             samples: content hash and position of each sample.
         """
         rows = len(samples)
-        with np.errstate(over="ignore"):  # a float64 beyond float32 becomes Inf and is counted as such
-            flat = np.ascontiguousarray(values, np.float32).reshape(rows, values.size // rows)
-        record = np.empty(rows, RECORD)
-        record["sample"], record["position"] = [s for s, _ in samples], [p for _, p in samples]
-        record["lo"] = record["hi"] = np.nan
-        many = max(1, _BLOCK // max(flat.shape[1], 1))  # extremes and counts while the values are in the cache
-        for start in range(0, rows, many) if flat.size else ():
-            part = slice(start, start + many)
-            pieces = [self._count(flat[part, i : i + _BLOCK], samples[part]) for i in range(0, flat.shape[1], _BLOCK)]
-            record["lo"][part] = np.fmin.reduce([lo for lo, _ in pieces])
-            record["hi"][part] = np.fmax.reduce([hi for _, hi in pieces])
+        flat = _as_float32(values).reshape(rows, values.size // rows)
+        if flat.size <= _BLOCK:
+            lo, hi = self._count(flat, samples)
+        else:
+            lo, hi = self._count_blocks(flat, samples)
         if self.channels is not None:
             self.channels.observe(values, rows)
-        self._records.append(record)
-        self._ordered = False
+        self._fresh.append((samples, lo, hi))
+        if len(self._fresh) == _FRESH:
+            self._pack()
         self.__dict__.pop("bins", None)
+
+    def _count_blocks(
+        self, flat: npt.NDArray[np.float32], samples: Sequence[tuple[bytes, int]]
+    ) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
+        """As :meth:`_count`, in blocks that stay in the cache while extremes and counts are taken."""
+        rows, size = flat.shape
+        many = max(1, _BLOCK // size)
+        ends: list[tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]] = []
+        for start in range(0, rows, many):
+            part = slice(start, start + many)
+            pieces = [self._count(flat[part, i : i + _BLOCK], samples[part]) for i in range(0, size, _BLOCK)]
+            lo, hi = (list(end) for end in zip(*pieces, strict=True))
+            ends.append((np.fmin.reduce(lo), np.fmax.reduce(hi)))
+        lo, hi = (list(end) for end in zip(*ends, strict=True))
+        return np.concatenate(lo), np.concatenate(hi)
 
     def _count(
         self, flat: npt.NDArray[np.float32], samples: Sequence[tuple[bytes, int]]
     ) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
         """Add the values of some samples to the histogram; returns each sample's extremes, NaN where it has none."""
-        lo, hi = flat.min(axis=1), flat.max(axis=1)
-        least, greatest = float(lo.min()), float(hi.max())
+        if flat.size == 0:
+            return _NOTHING.repeat(len(flat)), _NOTHING.repeat(len(flat))
+        lo, hi = np.minimum.reduce(flat, axis=1), np.maximum.reduce(flat, axis=1)
+        least, greatest = float(np.minimum.reduce(lo)), float(np.maximum.reduce(hi))
         if not (math.isfinite(least) and math.isfinite(greatest)):
             flat, lo, hi = self._without_non_finite(flat, samples)
             if flat.size == 0:
                 return lo, hi
             least, greatest = float(flat.min()), float(flat.max())
         self.histogram.add(flat.reshape(-1), least, greatest)
-        return lo + np.float32(0), hi + np.float32(0)  # -0.0 becomes 0.0
+        return lo + _ZERO, hi + _ZERO  # -0.0 becomes 0.0
 
     def _without_non_finite(
         self, flat: npt.NDArray[np.float32], samples: Sequence[tuple[bytes, int]]
@@ -121,11 +143,22 @@ class TensorStatistics:
     @property
     def records(self) -> npt.NDArray[Any]:
         """One :data:`RECORD` a sample, by position in the data; lo and hi are NaN where it had no finite value."""
-        if not self._ordered:
+        self._pack()
+        if len(self._records) > 1:
             joined = np.concatenate(self._records)
             self._records = [joined[np.argsort(joined["position"], kind="stable")]]
-            self._ordered = True
         return self._records[0]
+
+    def _pack(self) -> None:
+        """Make an array of what came last: many small ones take ten times the room."""
+        if self._fresh:
+            fresh = np.empty(sum(len(samples) for samples, _, _ in self._fresh), RECORD)
+            fresh["sample"] = [sample for samples, _, _ in self._fresh for sample, _ in samples]
+            fresh["position"] = [position for samples, _, _ in self._fresh for _, position in samples]
+            fresh["lo"] = np.concatenate([lo for _, lo, _ in self._fresh])
+            fresh["hi"] = np.concatenate([hi for _, _, hi in self._fresh])
+            self._records.append(fresh)
+            self._fresh = []
 
     @cached_property
     def bins(self) -> Bins:
@@ -141,7 +174,7 @@ class TensorStatistics:
     @property
     def count(self) -> int:
         """Number of finite values seen."""
-        return self.bins.total
+        return self.histogram.total
 
     @property
     def lo(self) -> float:

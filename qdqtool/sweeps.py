@@ -16,9 +16,11 @@ from typing import Final
 import onnx
 
 from qdqtool.errors import DataError
+from qdqtool.report.units import count, size
 
-_BATCH_BYTES: Final = 96 << 20  # observed activations of the batches that run at once: more is not faster
-_TRIAL: Final = 4  # two samples joined and the same two apart, to find out whether they may be joined
+_BATCH_BYTES: Final = 64 << 20  # observed activations of the batches that run at once: more is not faster
+TRIAL: Final = 4
+"""Samples held at once where it is tried whether samples may be joined: two joined and the same two apart."""
 _UNITS: Final = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "KI": 1 << 10, "MI": 1 << 20, "GI": 1 << 30}
 
 
@@ -32,60 +34,61 @@ class Sweeps:
         threads: batches that run at once.
         batch_bytes: observed activations of one batch, bytes, unless one sample alone has more.
         budget: what observed activations were to take at most, bytes.
-        beyond: tensor -> bytes, where one tensor alone takes more than the budget.
+        held: samples that are held at once at least.
+        beyond: tensor -> bytes of these samples, where one tensor alone takes more than the budget.
     """
 
     groups: tuple[tuple[str, ...], ...]
     bytes_each: int
     threads: int
     batch_bytes: int
-    budget: int = 0
+    budget: int
+    held: int
     beyond: Mapping[str, int] = field(default_factory=dict)
 
     def notes(self) -> list[str]:
         """What the user should know: nothing where the data pass once and the budget is kept."""
         found = []
         if len(self.groups) > 1:
-            sizes = ", ".join(str(len(group)) for group in self.groups)
+            tensors = count(max(map(len, self.groups)), "tensor")
             found.append(
-                f"activations are observed in {len(self.groups)} sweeps over the data, of {sizes} tensors, "
-                f"each with at most {_text(self.bytes_each)} a sample"
+                f"the data pass {len(self.groups)} times, for up to {tensors} each time, to keep observed activations "
+                f"within {size(self.budget)}"
             )
         if self.beyond:
             most = max(self.beyond, key=lambda name: self.beyond[name])
-            others = f", and {len(self.beyond) - 1} more tensors do too" if len(self.beyond) > 1 else ""
+            why = "" if self.held == 1 else f" for the {self.held} samples of a trial whether they may be joined"
+            others = f", and {count(len(self.beyond) - 1, 'more tensor')} likewise" if len(self.beyond) > 1 else ""
             found.append(
-                f"the {_text(self.budget)} for activations do not suffice: {most!r} alone takes up to "
-                f"{_text(self.beyond[most])}, {_TRIAL} samples of it{others}"
+                f"{size(self.budget)} for observed activations are exceeded: {most!r} alone takes "
+                f"{size(self.beyond[most])}{why}{others}"
             )
         return found
 
 
-def plan_sweeps(sizes: Mapping[str, int], budget: int | None, threads: int) -> Sweeps:
+def plan_sweeps(sizes: Mapping[str, int], budget: int | None, threads: int, held: int = TRIAL) -> Sweeps:
     """Divide tensors into sweeps.
 
     Args:
         sizes: tensor -> bytes of its values for one sample, in the order of the graph.
         budget: bytes that observed activations may take at any time; None: half of this machine's memory.
         threads: batches that may run at once.
+        held: samples that must be held at once.
     """
     limit = default_budget() if budget is None else budget
     groups: list[list[str]] = [[]]
     filled = 0
-    for name, size in sizes.items():
-        if filled and size and _TRIAL * (filled + size) > limit:
+    for name, each in sizes.items():
+        if filled and each and held * (filled + each) > limit:
             groups.append([])
             filled = 0
         groups[-1].append(name)
-        filled += size
+        filled += each
     largest = max(sum(sizes[name] for name in group) for group in groups)
     threads = max(1, min(threads, limit // max(largest, 1)))
-    beyond = {name: _TRIAL * size for name, size in sizes.items() if _TRIAL * size > limit}
-    return Sweeps(tuple(map(tuple, groups)), largest, threads, min(_BATCH_BYTES, limit) // threads, limit, beyond)
-
-
-def _text(size: int) -> str:
-    return f"{size / 1e6:.3g} MB" if size < 1e9 else f"{size / 1e9:.3g} GB"
+    beyond = {name: held * each for name, each in sizes.items() if held * each > limit}
+    together = min(_BATCH_BYTES, limit) // threads
+    return Sweeps(tuple(map(tuple, groups)), largest, threads, together, limit, held, beyond)
 
 
 def default_budget() -> int:
@@ -144,9 +147,9 @@ def parse_bytes(text: str | int) -> int:
     """
     match = re.fullmatch(r"\s*([\d.]+(?:[eE]\+?\d+)?)\s*([kKmMgG]?[iI]?)[bB]?\s*", str(text))
     try:
-        size = int(float(match[1]) * _UNITS[match[2].upper()]) if match else 0
+        found = int(float(match[1]) * _UNITS[match[2].upper()]) if match else 0
     except (ValueError, KeyError, OverflowError):
-        size = 0
-    if size <= 0:
+        found = 0
+    if found <= 0:
         raise DataError(f"{text!r} is no amount of memory; give bytes, or as in 4GB or 512MiB")
-    return size
+    return found
