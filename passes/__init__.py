@@ -4,19 +4,31 @@ from __future__ import annotations
 
 from qdqtool.passes.add_bias import AddBias
 from qdqtool.passes.choose_ranges import ChooseRanges
+from qdqtool.passes.convert_float16 import ConvertFloat16
 from qdqtool.passes.correct_bias import CorrectBias
+from qdqtool.passes.expand_swish import ExpandSwish
 from qdqtool.passes.fold_batchnorm import FoldBatchnorm
 from qdqtool.passes.fold_constants import FoldConstants
+from qdqtool.passes.fold_input_scale import FoldInputScale
+from qdqtool.passes.fold_pad import FoldPad
 from qdqtool.passes.fold_scale_shift import FoldScaleShift
+from qdqtool.passes.fuse_gelu import FuseGelu
+from qdqtool.passes.fuse_hard_swish import FuseHardSwish
 from qdqtool.passes.fuse_linear_bias import FuseLinearBias
+from qdqtool.passes.fuse_normalization import FuseNormalization
+from qdqtool.passes.gemm_to_matmul import GemmToMatmul
 from qdqtool.passes.infer_shapes import InferShapes
 from qdqtool.passes.insert_qdq import InsertQdq
 from qdqtool.passes.lift_constants import LiftConstants
+from qdqtool.passes.merge_moves import MergeMoves
 from qdqtool.passes.observe import Observe
 from qdqtool.passes.plan import PlanQuantization
+from qdqtool.passes.plan_float16 import PlanFloat16
+from qdqtool.passes.plan_weights import PlanWeights
 from qdqtool.passes.pointwise_to_gemm import PointwiseToGemm
 from qdqtool.passes.raise_opset import RaiseOpset
 from qdqtool.passes.remove_identity import RemoveIdentity
+from qdqtool.passes.scale_weights import ScaleWeights
 from qdqtool.passes.use_statistics import UseStatistics
 from qdqtool.passes.verify import Verify
 
@@ -26,15 +38,27 @@ BUILTIN = (
     InferShapes,
     FoldConstants,
     RemoveIdentity,
-    FoldBatchnorm,
-    FoldScaleShift,
+    MergeMoves,
+    ExpandSwish,
+    FuseGelu,
+    FuseNormalization,
     FuseLinearBias,
+    FoldBatchnorm,
+    FuseHardSwish,
+    FoldScaleShift,
+    FoldInputScale,
+    FoldPad,
     PointwiseToGemm,
     AddBias,
+    GemmToMatmul,
     PlanQuantization,
+    PlanWeights,
+    PlanFloat16,
     Observe,
     UseStatistics,
     ChooseRanges,
+    ScaleWeights,
+    ConvertFloat16,
     CorrectBias,
     InsertQdq,
     Verify,

@@ -24,11 +24,13 @@ from typing import Any, ClassVar, Final
 
 import numpy as np
 import onnx
+import onnx_graphsurgeon as gs
 
 from qdqtool import graph as graphs
 from qdqtool import model as models
 from qdqtool import runtime
 from qdqtool.batching import Batch, Batching, Sample
+from qdqtool.fidelity import fidelity
 from qdqtool.fit import Feeds
 from qdqtool.insert import insert
 from qdqtool.linear import BiasPlace, bias_place, replace_constant
@@ -44,7 +46,13 @@ _TINY: Final = 1e-30
 
 @dataclass(frozen=True)
 class CorrectBias:
-    """Shift biases so that every layer keeps its mean output on calibration samples."""
+    """Shift biases so that every layer keeps its mean output on calibration samples.
+
+    Attributes:
+        checked: take the shifts back where the outputs are nearer to the float model's without them.
+    """
+
+    checked: bool = False
 
     name: ClassVar[str] = "correct-bias"
     needs: ClassVar[frozenset[Fact]] = frozenset({Fact.DATA, Fact.PLAN, Fact.PARAMS})
@@ -66,14 +74,18 @@ class CorrectBias:
             return 0
         taken = graphs.tensor_names(state.graph)
         nodes = {node.name: node for node in state.graph.nodes}
-        corrected = 0
+        corrected, given = 0, []
         for name, place in layers.items():
             reader = nodes[place.node]
             bias = reader.inputs[place.index]
+            given.append((reader, place.index, bias))
             shift = shrunk(differences[name])
             corrected += bool(shift.any())
             new = (bias.values.astype(np.float64) + shift).astype(bias.dtype)
             replace_constant(reader, place.index, new, f"{name}.bias", taken)
+        if self.checked and corrected and not _helps(state, given):
+            state.notes.append("biases were not corrected: on the calibration samples the outputs are nearer without")
+            return 0
         return corrected
 
     def _layers(self, state: State) -> dict[str, BiasPlace]:
@@ -90,6 +102,25 @@ class CorrectBias:
                 else:
                     state.skip(self.name, node.name, "it has no constant bias to correct")
         return found
+
+
+def _helps(state: State, given: Sequence[tuple[gs.Node, int, gs.Tensor]]) -> bool:
+    """Whether the outputs are nearer to the float model's with the biases as they are than with those ``given``.
+
+    Leaves the better ones in the graph.
+    """
+    corrected = [(node, index, node.inputs[index]) for node, index, _ in given]
+    with_shifts = fidelity(state)
+    _put(given)
+    if fidelity(state) > with_shifts:
+        return False
+    _put(corrected)
+    return True
+
+
+def _put(biases: Sequence[tuple[gs.Node, int, gs.Tensor]]) -> None:
+    for node, index, bias in biases:
+        graphs.set_input(node, index, bias)
 
 
 def shrunk(differences: FloatArray) -> FloatArray:
@@ -136,7 +167,8 @@ class _Nodes:
         channels, rest = self.constant([place.channels], np.int64), self.constant([-1], np.int64)
         order = [_ROWS, rest, channels] if place.axis == -1 else [_ROWS, channels, rest]
         shape = self.op("Concat", *order, axis=0)
-        return self.mean(self.op("Reshape", tensor, shape), 1 if place.axis == -1 else 2)
+        floats = self.op("Cast", tensor, to=onnx.TensorProto.FLOAT)
+        return self.mean(self.op("Reshape", floats, shape), 1 if place.axis == -1 else 2)
 
     def shrunk(self, differences: str) -> str:
         """:func:`shrunk` as nodes."""
@@ -179,6 +211,8 @@ def _correcting(proto: onnx.ModelProto, layers: Mapping[str, BiasPlace]) -> onnx
         if place.axis == 1 and place.rank is not None and place.rank > 2:
             wide = build.constant([place.channels] + [1] * (place.rank - 2), np.int64)
             shift = build.op("Reshape", shift, wide)
+        if build.opset >= 15:  # a layer may be in float16
+            shift = build.op("CastLike", shift, node.output[0])
         build.op("Add", node.output[0], shift, name=result)
         return build.nodes
 

@@ -17,6 +17,7 @@ import numpy as np
 import onnx_graphsurgeon as gs
 
 from qdqtool import graph as graphs
+from qdqtool.batchnorm import normalization, parameters
 from qdqtool.channels import ChannelMap, constant_operand
 from qdqtool.linear import LinearLayer, absorb, arithmetic
 from qdqtool.passes_api import GRAPH_FACTS, Fact, State
@@ -49,7 +50,7 @@ class FoldBatchnorm:
 
 def _fold(node: gs.Node, state: State, here: set[int], outputs: set[int], taken: set[str]) -> str | None:
     """Fold one BatchNormalization; returns the reason where it stays."""
-    normalize = _normalization(node, outputs)
+    normalize = normalization(node, outputs)
     if isinstance(normalize, str):
         return normalize
     found = _layer_before(node, here, outputs)
@@ -69,28 +70,11 @@ def _fold(node: gs.Node, state: State, here: set[int], outputs: set[int], taken:
     total = total.then(normalize)
     reason = layer.scale_shift(total.scale, total.shift, taken)
     if reason is None:
-        beta, gamma = (graphs.constant(node.inputs[i]) for i in (2, 1))
-        assert beta is not None
-        assert gamma is not None
+        values = parameters(node)
+        assert values is not None
         absorb(layer, [*between, node], total, state)
-        state.batchnorms[layer.node.outputs[0].name] = (beta.astype(np.float64), np.abs(gamma.astype(np.float64)))
+        state.batchnorms[layer.node.outputs[0].name] = (values[1], np.abs(values[0]))
     return reason
-
-
-def _normalization(node: gs.Node, outputs: set[int]) -> ChannelMap | str:
-    """What the node does to each channel, or why that is not known."""
-    if node.attrs.get("training_mode", 0) or any(t.outputs or id(t) in outputs for t in node.outputs[1:]):
-        return "it is in training mode"
-    if not node.attrs.get("spatial", 1):
-        return "it normalizes each position by itself (spatial = 0)"
-    values = [graphs.constant(tensor) for tensor in node.inputs[1:5]]
-    if any(array is None for array in values):
-        return "its scale, bias, mean or variance is computed at run time"
-    gamma, beta, mean, variance = (array.astype(np.float64).reshape(-1) for array in values if array is not None)
-    with np.errstate(divide="ignore", invalid="ignore"):
-        scale = gamma / np.sqrt(variance + float(node.attrs.get("epsilon", 1e-5)))
-        normalize = ChannelMap(scale, beta - mean * scale)
-    return normalize if normalize.finite else "its parameters give a factor that is not finite"
 
 
 def _layer_before(node: gs.Node, here: set[int], outputs: set[int]) -> tuple[LinearLayer, list[gs.Node]] | str:

@@ -10,7 +10,7 @@ import onnx
 import onnx_graphsurgeon as gs
 from onnx_graphsurgeon.importers.onnx_importer import get_onnx_tensor_dtype
 
-from qdqtool import model
+from qdqtool.light import light_proto
 from qdqtool.passes_api import Fact, State
 
 _INVENTED = "unk__"  # ONNX names an unknown dimension so; another run may give another dimension the same name
@@ -30,12 +30,13 @@ class InferShapes:
         if state.shapes_current:
             return 0
         state.shapes_current = True
-        proto = model.to_proto(state.graph, state.header)
-        light = model.without_large_constants(proto)
+        light, _ = light_proto(state.graph, state.header)
+        known = [*light.graph.value_info]
+        del light.graph.value_info[:]  # what the model says may be wrong
         inferred = _infer(light, state)
         if inferred is None:
             return 0
-        unseen = _known_before(proto, inferred)
+        unseen = _known_before(known, inferred)
         if unseen:  # results of custom operators: only the model says what they are, and inference goes on behind them
             light.graph.value_info.extend(unseen)
             inferred = _infer(light, state) or inferred
@@ -50,10 +51,10 @@ def _infer(light: onnx.ModelProto, state: State) -> onnx.ModelProto | None:
         return None
 
 
-def _known_before(proto: onnx.ModelProto, inferred: onnx.ModelProto) -> list[onnx.ValueInfoProto]:
+def _known_before(known: list[onnx.ValueInfoProto], inferred: onnx.ModelProto) -> list[onnx.ValueInfoProto]:
     """What the model says about tensors that inference could not reach."""
     found = {value.name for value in inferred.graph.value_info if value.type.HasField("tensor_type")}
-    return [value for value in proto.graph.value_info if value.name not in found and value.type.tensor_type.elem_type]
+    return [value for value in known if value.name not in found and value.type.tensor_type.elem_type]
 
 
 def _write_back(graph: gs.Graph, proto: onnx.GraphProto) -> int:

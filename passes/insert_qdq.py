@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from qdqtool.insert import insert
+from qdqtool.light import release_float
 from qdqtool.passes_api import Fact, State
 
 
@@ -23,4 +24,7 @@ class InsertQdq:
         assert state.plan is not None
         assert state.params is not None
         state.quantized = insert(state.graph, state.plan, state.params)
-        return len(state.quantized.nodes) - len(state.graph.nodes)
+        added = len(state.quantized.nodes) - len(state.graph.nodes)
+        if state.data is None:
+            release_float(state)
+        return added

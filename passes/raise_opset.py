@@ -19,6 +19,7 @@ from onnx import helper, numpy_helper
 
 from qdqtool import model
 from qdqtool.errors import ModelError
+from qdqtool.light import light_proto, restore
 from qdqtool.passes_api import Fact, State
 from qdqtool.recipe import BASE_OPSET
 
@@ -48,13 +49,15 @@ class RaiseOpset:
         start = state.graph.opset
         if start >= self.minimum:
             return 0
-        proto = model.to_proto(state.graph, state.header)
-        for graph in _graphs(proto.graph):
+        light, large = light_proto(state.graph, state.header)
+        del light.graph.value_info[:]  # what the model says of types may be wrong, or will be
+        for graph in _graphs(light.graph):
             for node in graph.node:
                 _refuse(node, graph, start)
-        raised = _raised(proto, start, self.minimum)
+        raised = _raised(light, start, self.minimum)
         old = state.graph
         state.graph, _ = model.to_graph(raised)
+        restore(state.graph, large)
         for name in ("producer_name", "producer_version", "doc_string"):
             setattr(state.graph, name, getattr(old, name))
         state.notes.append(f"raised the model from opset {start} to {self.minimum}")
@@ -90,12 +93,11 @@ def _attribute(node: onnx.NodeProto, name: str, default: object) -> object:
     return next((helper.get_attribute_value(a) for a in node.attribute if a.name == name), default)
 
 
-def _raised(proto: onnx.ModelProto, start: int, target: int) -> onnx.ModelProto:
-    if proto.graph.sparse_initializer or proto.functions:
-        what = "sparse initializers" if proto.graph.sparse_initializer else "model-local functions"
+def _raised(light: onnx.ModelProto, start: int, target: int) -> onnx.ModelProto:
+    """The model in the newer opset; it has no values of large constants, which only cost time."""
+    if light.graph.sparse_initializer or light.functions:
+        what = "sparse initializers" if light.graph.sparse_initializer else "model-local functions"
         raise ModelError(f"a model of opset {start} with {what} cannot be raised to {target}. {_REMEDY}")
-    light = model.without_large_constants(proto)
-    kept = {tensor.name for tensor in light.graph.initializer}
     if start < 13 <= target:
         taken = _names(light.graph)
         for graph in list(_graphs(light.graph)):
@@ -111,12 +113,6 @@ def _raised(proto: onnx.ModelProto, start: int, target: int) -> onnx.ModelProto:
     for graph in _graphs(raised.graph):
         _lift_operands(graph)
     _check(raised, start, target)
-    large = [tensor for tensor in proto.graph.initializer if tensor.name not in kept]
-    names = {tensor.name for tensor in large}
-    inputs = [value for value in raised.graph.input if value.name not in names]
-    del raised.graph.input[:]
-    raised.graph.input.extend(inputs)
-    raised.graph.initializer.extend(large)
     return raised
 
 

@@ -1,16 +1,18 @@
-"""Verify the quantized model before it is written: checker, loading, finite outputs, SQNR on calibration samples."""
+"""Verify the quantized model before it is written: checker, loading, placement, finite outputs, SQNR on samples."""
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
+import onnx
 
 from qdqtool import model as models
-from qdqtool import placement, runtime
+from qdqtool import partition, placement, runtime
 from qdqtool.comparison import VERIFIED, Comparison, Sqnr
-from qdqtool.errors import GateError, ModelError
+from qdqtool.errors import GateError, ModelError, RuntimeUnavailableError
 from qdqtool.passes_api import Fact, State
 
 
@@ -24,7 +26,7 @@ class Verify:
     drops: ClassVar[frozenset[Fact]] = frozenset()
 
     def run(self, state: State) -> int:
-        """Set ``state.kernels`` and, where there are samples, ``state.verified``; returns the number of samples used.
+        """Set ``state.kernels``, ``placement``, ``partition`` and, with samples, ``verified``; returns their number.
 
         Raises:
             ModelError: the model is invalid, does not load, or gives NaN or Inf where the float model does not.
@@ -35,7 +37,7 @@ class Verify:
         proto = models.to_proto(state.quantized, state.header)
         try:
             models.check(proto)
-            state.kernels, fused = placement.load_and_count(proto, provider=state.provider)
+            fused = self._place(proto, state)
         except ModelError as error:
             raise ModelError(
                 f"the quantized model was not written, because pass {self.name!r} refuses it: {error}"
@@ -65,6 +67,21 @@ class Verify:
         state.verified = Comparison(len(samples), fused_db, emulated_db, provider=state.provider)
         self._gate(state)
         return len(samples)
+
+    def _place(self, proto: onnx.ModelProto, state: State) -> Any:
+        """Load the model, look where everything runs, and return the session."""
+        optimized, fused = placement.load(proto, provider=state.provider, config=partition.RECORD)
+        state.kernels = placement.operators(optimized)
+        if state.target.for_cpu and state.plan is not None:
+            on_cpu = optimized if state.provider == "cpu" else placement.load(proto)[0]
+            state.placement = placement.place(proto, on_cpu, state.plan, state.target)
+        if state.provider != "cpu":
+            with contextlib.suppress(RuntimeUnavailableError):  # an older runtime does not tell
+                state.partition = partition.read(fused, optimized, state.provider)
+        biases = partition.returning_biases(proto) if partition.on_gpu(state.target) else []
+        if biases:
+            state.notes.append(partition.bias_note(len(biases)))
+        return fused
 
     def _gate(self, state: State) -> None:
         least = state.recipe.min_sqnr

@@ -109,17 +109,20 @@ def quantize(recipe_file: str | None, dry_run: bool, **given: Any) -> None:
     call = _Call(**{field.name: given.pop(field.name) for field in fields(_Call) if field.name in given})
     if call.metric is not None and call.evaluation is None:
         raise click.UsageError("--metric needs --eval, the data to measure it on.")
-    if call.data is None and call.statistics is None and not dry_run:
-        raise click.UsageError("Missing option '--data': calibration data (--dry-run and --statistics need none).")
     how = observing({name: given.pop(name) for name in ("memory", "engine", "address", "cache")})
     recipe = make_recipe(recipe_file, given)
+    if call.data is None and call.statistics is None and not dry_run and recipe.needs_data:
+        raise click.UsageError(
+            "Missing option '--data': calibration data (--dry-run, --statistics and weights alone, as in --precision "
+            "w4a16, need none)."
+        )
     for folder in (call.report, call.save_each):
         if folder is not None:
             files.check_folder(folder)
     if dry_run:
         _show_plan(call, recipe)
     else:
-        sources = (call.model, call.data, call.statistics, call.evaluation, recipe_file)
+        sources = (call.model, call.data, call.statistics, call.evaluation, recipe_file, given["target"])
         files.check_output(call.target_file, filter(None, sources))
         _quantize(call, recipe, how)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import click
 
-from qdqtool.cli_options import Command
+from qdqtool.cli_options import Command, option
 
 
 @click.command(cls=Command, examples=("qdqtool passes",))
@@ -21,9 +21,22 @@ def calibrators() -> None:
     _list("calibrators", "Choosers of activation ranges, with the options that --set takes")
 
 
-@click.command(cls=Command, examples=("qdqtool targets", "qdqtool quantize model.onnx --dry-run --target tensorrt"))
-def targets() -> None:
+@click.command(
+    cls=Command,
+    examples=(
+        "qdqtool targets",
+        "qdqtool targets --show cpu > my_accelerator.toml",
+        "qdqtool quantize model.onnx --dry-run --target my_accelerator.toml",
+    ),
+)
+@option("--show", "wanted", metavar="NAME", help="Print this target as TOML, a start for one of your own.")
+def targets(wanted: str | None) -> None:
     """List targets that a file can be made for."""
+    if wanted is not None:
+        from qdqtool import target_file
+
+        click.echo(target_file.to_toml(target_file.resolve(wanted)), nl=False)
+        return
     from qdqtool.report import terminal
     from qdqtool.target import TARGETS
 

@@ -32,7 +32,7 @@ _PATH: Final = click.Path(path_type=Path)
 @click.argument("model")
 @option("--data", required=True, metavar="PATH", help="Calibration data: .npz, .npy, a folder, or synthetic:N.")
 @option("-o", "--output", type=_PATH, metavar="FILE", help="[default: <model>.stats in the current folder]")
-@option("--target", "targets", multiple=True, metavar="NAME", help="Only for this target (repeatable). [default: all]")
+@option("--target", "targets", multiple=True, metavar="NAME", help="Name or .toml file (repeatable). [default: all]")
 @PROVIDER
 @OBSERVE_OPTIONS
 @option("-q", "--quiet", is_flag=True, help="Print warnings and errors only.")
@@ -49,7 +49,7 @@ def observe(model: str, data: str, output: Path | None, targets: tuple[str, ...]
     from qdqtool.report.units import count
 
     target = output or Path(f"{Path(model).stem}.stats")
-    files.check_output(target, filter(None, (model, data, given["recipe_file"])))
+    files.check_output(target, filter(None, (model, data, given["recipe_file"], *targets)))
     recipe = make_recipe(given["recipe_file"], {"samples": given["samples"]})
     quiet = given["quiet"]
     with progress_bar(quiet=quiet) as bar:

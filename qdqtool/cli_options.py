@@ -172,8 +172,19 @@ def warn_of_synthetic_data() -> None:
 
 RECIPE_OPTIONS: Final = options(
     _choice("--recipe", "recipe_file", metavar="FILE", help="TOML, YAML or JSON; options given here override it."),
-    _choice("--target", metavar="NAME", help="What the file is for: cpu, cuda or tensorrt. [default: cuda]"),
-    _choice("--precision", metavar="NAME", help="Weights and activations. [default: w8a8]"),
+    _choice("--target", metavar="NAME", help="What it is for: cpu, cuda, tensorrt or a .toml file. [default: cuda]"),
+    _choice("--precision", metavar="NAME", help="w8a8, w8a16, w4a16, w2a16 (weights alone), fp16. [default: w8a8]"),
+    _choice("--block-size", type=int, metavar="N", help="Weights alone: elements that share a scale. [default: 32]"),
+    _choice(
+        "--symmetric-weights/--asymmetric-weights",
+        "weight_symmetric",
+        default=None,
+        help="Weights alone: no zero points, or with. [default: with for 2 bits]",
+    ),
+    _choice("--float16/--no-float16", default=None, help="With weights alone in integers: all else in float16."),
+    _choice(
+        "--keep-io-types/--no-keep-io-types", default=None, help="Float16 inside, float32 outside. [default: keep]"
+    ),
     _choice("--calibrator", metavar="NAME", help="Who chooses the ranges of activations. [default: mse]"),
     _choice("--set", "settings", type=Assignment(), multiple=True, help="An option of the calibrator (repeatable)."),
     _choice("--weight-calibrator", metavar="NAME", help="Who chooses the ranges of weights. [default: minmax]"),

@@ -13,8 +13,10 @@ import numpy.typing as npt
 import onnx
 import onnx_graphsurgeon as gs
 
+from qdqtool import blockwise
 from qdqtool import graph as graphs
 from qdqtool.errors import PipelineError
+from qdqtool.lazy import peek
 from qdqtool.plan import DerivedFrom, Key, Output, Parameters, Plan, Use, params_of
 from qdqtool.spec import FORMATS, Format, QuantizedWeight, QuantParams, QuantSpec, Scheme, per_channel
 
@@ -75,8 +77,10 @@ class _Inserter:
             node.inputs[key.index] = self._stored(tensor, weight)
             return
         value = self._value(key)
-        if isinstance(value, QuantizedWeight):
-            node.inputs[key.index] = self._stored(tensor, value)
+        if node.op == "Gather" and key in self.plan.constants:
+            self._table(node, params_of(value))
+        elif isinstance(value, QuantizedWeight) or key in self.plan.constants:
+            node.inputs[key.index] = self._stored(tensor, value, own=key.node in self.plan.weight_only)
         else:
             node.inputs[key.index] = self._pair(tensor, value)
 
@@ -117,18 +121,28 @@ class _Inserter:
         known.append((params, result))
         return result
 
-    def _stored(self, tensor: gs.Tensor, weight: QuantizedWeight) -> gs.Tensor:
-        """The dequantized form of a constant stored in integers; equal copies for several uses are one."""
+    def _stored(self, tensor: gs.Tensor, value: QuantParams | QuantizedWeight, *, own: bool = False) -> gs.Tensor:
+        """The dequantized form of a constant stored in integers; equal copies for several uses are one.
+
+        Args:
+            tensor: the constant.
+            value: its codes, or the parameters to make them with.
+            own: the node that reads it fuses only with a DequantizeLinear that nothing else reads, whose codes and
+                scales nothing else reads either, and that has a zero point only where it is not 0.
+        """
+        params = params_of(value)
         known = self.pairs.setdefault((tensor.name, id(tensor)), [])
         for existing, result in known:
-            if existing is weight.params or (
-                existing.same_codes(weight.params) and existing.spec == weight.params.spec
-            ):
+            if not own and (existing is params or (existing.same_codes(params) and existing.spec == params.spec)):
                 return result
-        params = weight.params
-        codes = self._codes(self._name(f"{tensor.name}_quantized"), weight.codes, params.spec.format)
+        codes = value.codes if isinstance(value, QuantizedWeight) else blockwise.quantize(peek(tensor), params)
+        inputs = [self._codes(self._name(f"{tensor.name}_quantized"), codes, params.spec.format)]
         scale, zero = self._scale(tensor.name, params, tensor.dtype)
-        result = gs.Variable(self._name(f"{tensor.name}_dequantized"), dtype=tensor.dtype, shape=tensor.shape)
+        needed = params.zero_point.any() or not (own and params.spec.format.signed)
+        inputs += [scale, zero] if needed else [scale]
+        # A copy of the shape, which else is a part of the float model's message and keeps all of it.
+        shape = None if tensor.shape is None else list(tensor.shape)
+        result = gs.Variable(self._name(f"{tensor.name}_dequantized"), dtype=tensor.dtype, shape=shape)
         granularity = params.spec.granularity
         attrs: dict[str, int] = {}
         if granularity.scheme is not Scheme.PER_TENSOR:
@@ -136,19 +150,47 @@ class _Inserter:
         if granularity.scheme is Scheme.PER_BLOCK:
             attrs["block_size"] = cast(int, granularity.block_size)
         name = self._name(f"{tensor.name}_DequantizeLinear")
-        self.fresh[name] = gs.Node("DequantizeLinear", name, attrs, [codes, scale, zero], [result])
+        self.fresh[name] = gs.Node("DequantizeLinear", name, attrs, inputs, [result])
         known.append((params, result))
         return result
 
+    def _table(self, node: gs.Node, params: QuantParams) -> None:
+        """Let a Gather read codes, and multiply what it found with the scales of the same rows.
+
+        A DequantizeLinear before the Gather would dequantize the whole table at every run, one behind it would need a
+        scale for each block, which no provider runs as fast as a product.
+        """
+        table, indices, result = node.inputs[0], node.inputs[1], node.outputs[0]
+        known = self.pairs.setdefault((table.name, id(table)), [])
+        if not known:
+            codes = blockwise.quantize(peek(table), params)
+            rows = params.scale.reshape(-1, *(1,) * (codes.ndim - 1)).astype(table.dtype)
+            stored = self._codes(self._name(f"{table.name}_quantized"), codes, params.spec.format)
+            known += [(params, stored), (params, gs.Constant(self._name(f"{table.name}_scale"), rows))]
+        found = gs.Variable(self._name(f"{result.name}_quantized"), dtype=_onnx_type(params.spec.format))
+        floats, scales = (
+            gs.Variable(self._name(f"{result.name}_{part}"), dtype=table.dtype) for part in ("unscaled", "scale")
+        )
+        node.inputs[0] = known[0][1]
+        node.outputs = [found]
+        kind = onnx.helper.np_dtype_to_tensor_dtype(np.dtype(table.dtype))
+        for op, attrs, inputs, output in (
+            ("Gather", {"axis": 0}, [known[1][1], indices], scales),
+            ("Cast", {"to": kind}, [found], floats),
+            ("Mul", {}, [floats, scales], result),
+        ):
+            name = self._name(f"{node.name}_{op}")
+            self.fresh[name] = gs.Node(op, name, attrs, inputs, [output])
+
     def _scale(self, stem: str, params: QuantParams, dtype: Any) -> tuple[gs.Constant, gs.Constant]:
-        scale = gs.Constant(self._name(f"{stem}_scale"), params.scale.astype(dtype or np.float32))
+        scale = gs.Constant(self._name(f"{stem}_scale"), params.scale.astype(dtype or np.float32, copy=False))
         return scale, self._codes(self._name(f"{stem}_zero_point"), params.zero_point, params.spec.format)
 
     def _codes(self, name: str, codes: npt.NDArray[Any], number_format: Format) -> gs.Constant:
         if number_format.bits >= 8:
-            return gs.Constant(name, codes.astype(number_format.name))
+            return gs.Constant(name, codes.astype(number_format.name, copy=False))
         packed = onnx.helper.make_tensor(
-            name, _onnx_type(number_format), codes.shape, pack(codes, number_format.bits), raw=True
+            name, _onnx_type(number_format), codes.shape, blockwise.pack(codes, number_format.bits), raw=True
         )
         return gs.Constant(name, gs.ir.tensor.LazyValues(packed))
 
@@ -160,17 +202,6 @@ def _onnx_type(number_format: Format) -> Any:
     if number_format.bits >= 8:
         return np.dtype(number_format.name)
     return getattr(onnx.TensorProto, number_format.name.upper())
-
-
-def pack(codes: npt.NDArray[Any], bits: int) -> bytes:
-    """Codes of 2 or 4 bits packed as ONNX stores them: the first element in the lowest bits of a byte."""
-    per_byte = 8 // bits
-    flat = np.zeros(-(-codes.size // per_byte) * per_byte, np.uint8)
-    flat[: codes.size] = codes.reshape(-1).astype(np.int8).view(np.uint8) & ((1 << bits) - 1)
-    packed = flat[::per_byte].copy()
-    for position in range(1, per_byte):
-        packed |= flat[position::per_byte] << (bits * position)
-    return packed.tobytes()
 
 
 def derived_bias(bias: npt.NDArray[Any], activation: QuantParams, weight: QuantParams) -> QuantizedWeight | None:

@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     from qdqtool.data import Data
     from qdqtool.model import Header
     from qdqtool.observe import Observing, Progress
+    from qdqtool.partition import Partition
+    from qdqtool.placement import Placement
     from qdqtool.plan import Key, Parameters, Plan
     from qdqtool.recipe import Recipe
     from qdqtool.statistics import Statistics
@@ -101,6 +103,10 @@ class State:
     verified: Comparison | None = None
     kernels: Mapping[str, int] = field(default_factory=dict)
     """Operator -> count in the graph that the runtime makes of the quantized model."""
+    placement: Placement | None = None
+    """What became of the planned nodes, where the target's runtime is here to ask."""
+    partition: Partition | None = None
+    """Which provider runs which node, where it is not the CPU alone."""
     shapes_current: bool = False
     """Whether nothing has changed since shapes were inferred, so that inferring again would find nothing new."""
     skipped: list[Skip] = field(default_factory=list)

@@ -25,19 +25,31 @@ from qdqtool.observe import Observing, Progress, Told
 from qdqtool.passes import (
     AddBias,
     ChooseRanges,
+    ConvertFloat16,
     CorrectBias,
+    ExpandSwish,
     FoldBatchnorm,
     FoldConstants,
+    FoldInputScale,
+    FoldPad,
     FoldScaleShift,
+    FuseGelu,
+    FuseHardSwish,
     FuseLinearBias,
+    FuseNormalization,
+    GemmToMatmul,
     InferShapes,
     InsertQdq,
     LiftConstants,
+    MergeMoves,
     Observe,
+    PlanFloat16,
     PlanQuantization,
+    PlanWeights,
     PointwiseToGemm,
     RaiseOpset,
     RemoveIdentity,
+    ScaleWeights,
     UseStatistics,
     Verify,
 )
@@ -46,7 +58,8 @@ from qdqtool.plan import Plan
 from qdqtool.recipe import BASE_OPSET, Recipe
 from qdqtool.report.values import Report, make_report
 from qdqtool.sweeps import parse_bytes
-from qdqtool.target import TARGETS, target
+from qdqtool.target import TARGETS, Target, target
+from qdqtool.target_file import TargetSource, resolve
 
 RECIPE_KEY = "qdqtool.recipe"
 VERSION_KEY = "qdqtool.version"
@@ -89,9 +102,17 @@ def preparation() -> list[Pass]:
         RaiseOpset(),
         InferShapes(),
         RemoveIdentity(),
+        MergeMoves(),
+        # While their parts are there as they were written.
+        ExpandSwish(),
+        FuseGelu(),
+        FuseNormalization(),
         FuseLinearBias(),
         FoldBatchnorm(),
+        FuseHardSwish(),
         FoldScaleShift(),
+        FoldInputScale(),
+        FoldPad(),
         InferShapes(),
         PointwiseToGemm(),
         AddBias(),
@@ -107,9 +128,37 @@ def quantization(recipe: Recipe, *, given: str | None = None, data: bool = True)
         data: there are calibration data; without any, steps that need them are left out.
     """
     formats: list[Pass] = [RaiseOpset(recipe.min_opset), InferShapes()] if recipe.min_opset > BASE_OPSET else []
-    refine: list[Pass] = [CorrectBias()] if recipe.bias_correction and data else []
-    observe = Observe() if given is None else UseStatistics(given)
-    return [PlanQuantization(), observe, ChooseRanges(), *formats, *refine, InsertQdq(), Verify()]
+    # Where weights alone are quantized, transformers are better off without the shifts that help others.
+    correct = CorrectBias(checked=recipe.weight_bits is not None)
+    refine: list[Pass] = [correct] if recipe.bias_correction and data and recipe.precision != "fp16" else []
+    observe: list[Pass] = [Observe() if given is None else UseStatistics(given)] if data or given is not None else []
+    if recipe.weight_bits is not None:
+        ranges: list[Pass] = [*([] if recipe.to_float16 else observe), ScaleWeights()]
+    else:
+        ranges = [] if recipe.to_float16 else [*observe, ChooseRanges()]
+    return [*planning(recipe, observe), *ranges, *formats, *refine, InsertQdq(), Verify()]
+
+
+def planning(recipe: Recipe, observe: Sequence[Pass] = ()) -> list[Pass]:
+    """Passes from the prepared float graph to the plan; ``observe`` gets what tells which activations fit float16."""
+    if recipe.needs_data:
+        return [PlanQuantization()]
+    half: list[Pass] = [*watching(recipe), *observe, ConvertFloat16()] if recipe.to_float16 else []
+    weights: list[Pass] = [] if recipe.weight_bits is None else [GemmToMatmul(), PlanWeights()]
+    return [*half, *weights]
+
+
+def watching(recipe: Recipe) -> list[Pass]:
+    """Passes from the prepared float graph to a plan that says which activations to observe.
+
+    Raises:
+        RecipeError: nothing is observed for the recipe's precision.
+    """
+    if recipe.to_float16:
+        return [PlanFloat16()]
+    if recipe.weight_bits is not None:
+        raise RecipeError(f"precision {recipe.precision} needs no range of an activation: leave statistics out")
+    return [PlanQuantization()]
 
 
 def quantize(
@@ -150,6 +199,8 @@ def quantize(
         QdqError: one of its kinds says what is wrong and what to do; nothing is written.
     """
     chosen = make_recipe(recipe, fields)
+    if statistics is not None:
+        watching(chosen)
     state, facts = load(model, chosen, provider)
     state.progress = progress
     state.observing, state.cache = _observing(memory, engine, told), _cache(cache)
@@ -170,7 +221,7 @@ def calibrate(
     model: ModelSource,
     data: object,
     *,
-    targets: Sequence[str] | None = None,
+    targets: Sequence[TargetSource] | None = None,
     recipe: Recipe | Mapping[str, object] | None = None,
     provider: str = "auto",
     memory: int | str | None = None,
@@ -185,7 +236,8 @@ def calibrate(
     Args:
         model: path or ModelProto; never changed.
         data: as for :func:`quantize`.
-        targets: whose activations to observe; None: those of every target that this program knows.
+        targets: whose activations to observe, by name, .toml file or table; None: those of every target that this
+            program knows, and of the recipe's own.
         recipe: a :class:`Recipe` or its fields, which say what is quantized on these targets; ``fields`` override it.
         provider: as for :func:`quantize`; "auto" is the CPU where no other target is named.
         memory: as for :func:`quantize`.
@@ -199,12 +251,15 @@ def calibrate(
     Raises:
         QdqError: one of its kinds says what is wrong and what to do.
     """
-    wanted = [target(name) for name in (TARGETS if targets is None else targets)]
+    base = make_recipe(recipe, fields)
+    plan = watching(base)
+    own = [base.target] if targets is None and isinstance(base.target, Target) else []
+    wanted = [resolve(one) for one in (*(TARGETS if targets is None else targets), *own)]
     if not wanted:
         raise RecipeError(f"no target was named; name some of {', '.join(TARGETS)}, or leave targets out for all")
     if data is None:
         raise DataError("observing needs calibration data: pass an .npz, a folder, arrays or an iterable of feeds")
-    chosen = make_recipe(recipe, {**fields, "target": "cpu" if {one.name for one in wanted} == {"cpu"} else "cuda"})
+    chosen = make_recipe(base, {"target": "cpu" if all(one.for_cpu for one in wanted) else "cuda"})
     state, facts = load(model, chosen, provider)
     prepare = PassManager(preparation())
     prepare.run(state, facts)
@@ -220,7 +275,7 @@ def calibrate(
 
     for one in wanted:
         state.target = one
-        PassManager([PlanQuantization()]).run(state, facts)
+        PassManager(plan).run(state, facts)
         assert state.plan is not None
         tensors |= dict.fromkeys(state.plan.observed())
         axes |= state.plan.channel_axes()
@@ -263,7 +318,7 @@ def dry_run(
     """Prepare the model and plan its quantization without data; the state holds plan, skipped candidates and notes."""
     chosen = make_recipe(recipe, fields)
     state, facts = load(model, chosen, "cpu")
-    timings = PassManager([*preparation(), PlanQuantization()], callback).run(state, facts)
+    timings = PassManager([*preparation(), *planning(chosen)], callback).run(state, facts)
     return state, timings
 
 
@@ -280,7 +335,7 @@ def load(model: ModelSource, recipe: Recipe, provider: str) -> tuple[State, froz
         "calibrators", recipe.calibrator.name, recipe.calibrator.options
     )  # a misspelt name must not cost a calibration
     original = models.load(model)
-    resolved, note = runtime.resolve_provider("cpu" if provider == "auto" and chosen.name == "cpu" else provider)
+    resolved, note = runtime.resolve_provider("cpu" if provider == "auto" and chosen.for_cpu else provider)
     digest, size = models.fingerprint(original), models.size(original)
     graph, header = models.to_graph(original)
     state = State(graph, header, recipe, chosen, original=original, provider=resolved)
@@ -289,7 +344,7 @@ def load(model: ModelSource, recipe: Recipe, provider: str) -> tuple[State, froz
     state.user_tensors = frozenset(graph.tensors())
     if note is not None:
         state.notes.append(note)
-    if chosen.name == "cpu" and not recipe.reduce_range and runtime.saturates_u8s8():
+    if chosen.for_cpu and not recipe.reduce_range and runtime.saturates_u8s8():
         state.notes.append(
             "this processor has no VNNI: 16-bit sums of u8 x s8 products can saturate; "
             "use reduce_range for 7-bit weights"
@@ -300,7 +355,7 @@ def load(model: ModelSource, recipe: Recipe, provider: str) -> tuple[State, froz
 @contextlib.contextmanager
 def _opened(data: object, state: State) -> Iterator[Data | None]:
     """The user's data, open; None where there are none and statistics are given instead."""
-    if data is None and state.calibration is not None:
+    if data is None and (state.calibration is not None or not state.recipe.needs_data):
         if state.recipe.min_sqnr is not None:
             raise DataError("--min-sqnr compares on data; give calibration data beside the statistics, or leave it out")
         state.notes += _left_out(state.recipe)
@@ -320,10 +375,11 @@ def _opened(data: object, state: State) -> Iterator[Data | None]:
 
 
 def _left_out(recipe: Recipe) -> list[str]:
-    """What cannot be done with statistics alone, in words."""
-    found = ["not compared with the float model: that needs data beside the statistics; it was checked and loaded"]
-    if recipe.bias_correction:
-        found.append("biases were not corrected: that needs data beside the statistics")
+    """What cannot be done without data, in words."""
+    need = "data beside the statistics" if recipe.needs_data else "data"
+    found = [f"not compared with the float model: that needs {need}; it was checked and loaded"]
+    if recipe.bias_correction and recipe.precision != "fp16":
+        found.append(f"biases were not corrected: that needs {need}")
     return found
 
 

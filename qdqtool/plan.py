@@ -67,6 +67,7 @@ class Plan:
         constants: keys whose tensor is a constant, so that its codes are stored in the file.
         kernels: nodes that are to run in integer arithmetic on the target, by name -> operator.
         weight_only: nodes whose weight alone is stored in integers.
+        watched: tensors whose statistics are wanted although they stay float.
     """
 
     entries: Mapping[Key, Entry] = field(default_factory=dict)
@@ -74,6 +75,7 @@ class Plan:
     constants: frozenset[Key] = frozenset()
     kernels: Mapping[str, str] = field(default_factory=dict)
     weight_only: frozenset[str] = frozenset()
+    watched: tuple[str, ...] = ()
 
     def resolve(self, key: Key) -> Key:
         """The key whose parameters ``key`` uses, at the end of a chain of sharing."""
@@ -92,7 +94,7 @@ class Plan:
     def observed(self) -> tuple[str, ...]:
         """Tensors whose statistics are needed, in order, once each."""
         wanted = [self.tensors[key] for key, spec in self.specs() if key not in self.constants and spec.fixed is None]
-        return tuple(dict.fromkeys(wanted))
+        return tuple(dict.fromkeys([*wanted, *self.watched]))
 
     def channel_axes(self) -> dict[str, int]:
         """Observed tensor -> its channel axis, where each channel gets a range of its own."""

@@ -9,14 +9,29 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PlainSerializer,
+    PlainValidator,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
+from qdqtool import combination, target_file
 from qdqtool.errors import RecipeError, nearest
 from qdqtool.images import ImagePreprocessing
 from qdqtool.spec import FORMATS, Format
+from qdqtool.target import TARGETS, Target, target
 
 BASE_OPSET = 13
 """Opset that every model is raised to: the first with a scale for each channel."""
+_FLOAT16_SCALES = 19  # least opset whose DequantizeLinear gives out float16
+_BLOCKS = 21  # least opset whose DequantizeLinear takes a scale for each block
+_BLOCK_SIZE = 32
 _STRICT = ConfigDict(strict=True, extra="forbid", frozen=True, allow_inf_nan=False)
 Names = Annotated[tuple[str, ...], BeforeValidator(lambda v: (v,) if isinstance(v, str) else v), Field(strict=False)]
 Interval = Annotated[tuple[float, float], Field(strict=False)]
@@ -71,11 +86,32 @@ def _as_choice(value: object) -> object:
     return {"name": value} if isinstance(value, str) else value
 
 
+def _as_target(value: object) -> str | Target:
+    if isinstance(value, str) and not target_file.is_file(value):
+        return value
+    try:
+        found = target_file.resolve(value)
+    except RecipeError as error:
+        raise ValueError(str(error)) from error
+    return found.name if TARGETS.get(found.name) == found else found
+
+
+def _target_value(value: str | Target) -> object:
+    return target_file.values(value) if isinstance(value, Target) else value
+
+
 class Recipe(BaseModel):
     """Everything a user can choose; unknown keys are errors.
 
-    target:               "cpu", "cuda" or "tensorrt".
-    precision:            weights and activations, e.g. "w8a8".
+    target:               "cpu", "cuda" or "tensorrt", or a TOML file or table with a target of your own
+                          (``qdqtool targets --show NAME`` prints one to start from); stored as a table.
+    precision:            "w8a8": weights and activations in 8 bits; "w8a16", "w4a16" or "w2a16": weights alone in so
+                          many bits, activations as they are in the model; "fp16": no integers, all in float16.
+    block_size:           weights alone: so many elements along the inputs share a scale, a power of two from 16 to 256;
+                          default: 32 where the target takes blocks of that precision, else a scale for each channel.
+    weight_symmetric:     weights alone: no zero point; default: so for 8 and 4 bits, with one for 2 bits.
+    float16:              with weights alone in integers: everything else in float16.
+    keep_io_types:        a model turned into float16 keeps its inputs and outputs in float32.
     calibrator:           name, or a table with name and options.
     weight_calibrator:    "minmax": weights cover all their values.
     per_channel:          weights get a scale for each output channel.
@@ -94,8 +130,12 @@ class Recipe(BaseModel):
 
     model_config = _STRICT
 
-    target: str = "cuda"
-    precision: Literal["w8a8"] = "w8a8"
+    target: Annotated[str | Target, PlainValidator(_as_target), PlainSerializer(_target_value)] = "cuda"
+    precision: Literal["w8a8", "w8a16", "w4a16", "w2a16", "fp16"] = "w8a8"
+    block_size: int | None = None
+    weight_symmetric: bool | None = None
+    float16: bool = False
+    keep_io_types: bool = True
     calibrator: Annotated[Choice, BeforeValidator(_as_choice)] = Choice(name="mse")
     weight_calibrator: Literal["minmax"] = "minmax"
     per_channel: bool = True
@@ -121,16 +161,52 @@ class Recipe(BaseModel):
                 raise ValueError(f"{pattern!r} is no regular expression: {error}") from error
         return self
 
+    @model_validator(mode="after")
+    def _fits_precision(self) -> Self:
+        reason = combination.obstacle(self)
+        if reason is not None:
+            raise ValueError(reason)
+        return self
+
+    @property
+    def weight_bits(self) -> int | None:
+        """Width of a weight's codes where weights alone are stored in integers; None where they are not."""
+        return {"w8a16": 8, "w4a16": 4, "w2a16": 2}.get(self.precision)
+
+    def block_of(self, bits: int) -> int | None:
+        """Elements of a weight of so many bits that share a scale on the target; None: all those of a channel."""
+        sizes = target(self.target).weights.block_sizes.get(bits)
+        return (self.block_size or _BLOCK_SIZE) if sizes else None
+
+    @property
+    def to_float16(self) -> bool:
+        """Whether what stays float becomes float16."""
+        return self.float16 or self.precision == "fp16"
+
+    @property
+    def needs_data(self) -> bool:
+        """Whether ranges of activations are wanted, which only calibration data or statistics tell."""
+        return self.precision == "w8a8"
+
     @property
     def weight_format(self) -> Format:
         """Number format of weights that the precision names."""
-        return FORMATS["int8"]
+        bits = self.weight_bits
+        if bits is None:
+            return FORMATS[target(self.target).weight]
+        symmetric = bits > 2 if self.weight_symmetric is None else self.weight_symmetric
+        return FORMATS[f"{'' if symmetric else 'u'}int{bits}"]
 
     @property
     def min_opset(self) -> int:
         """Least opset of the default domain that has per-channel Q/DQ and every number format asked for."""
         wanted = [o.dtype for o in (*self.tensors.values(), *self.nodes.values()) if o.dtype is not None]
-        return max([BASE_OPSET, *(FORMATS[name].min_opset for name in wanted)])
+        if self.needs_data:
+            wanted.append(target(self.target).activation)
+        formats = [self.weight_format, *(FORMATS[name] for name in wanted)]
+        bits = self.weight_bits
+        scales = BASE_OPSET if bits is None else _BLOCKS if self.block_of(bits) else _FLOAT16_SCALES
+        return max([scales, *(one.min_opset for one in formats)])
 
     @classmethod
     def of(cls, values: Mapping[str, object]) -> Recipe:
@@ -142,7 +218,10 @@ class Recipe(BaseModel):
 
     @classmethod
     def read(cls, path: str | Path) -> dict[str, object]:
-        """Fields in a .toml, .yaml, .yml or .json file, not yet checked; RecipeError where it cannot be read."""
+        """Fields in a .toml, .yaml, .yml or .json file, not yet checked; RecipeError where it cannot be read.
+
+        A target's file is looked for beside the recipe.
+        """
         file = Path(path)
         try:
             text = file.read_text(encoding="utf-8")
@@ -154,6 +233,8 @@ class Recipe(BaseModel):
             raise RecipeError(f"recipe {file} is no valid {file.suffix.lstrip('.').upper()}: {error}") from error
         if not isinstance(values, dict):
             raise RecipeError(f"recipe {file} must be a table of fields, not {type(values).__name__}")
+        if target_file.is_file(values.get("target")):
+            values["target"] = str(file.parent / values["target"])
         return values
 
     def values(self) -> dict[str, Any]:

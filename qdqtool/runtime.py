@@ -83,9 +83,14 @@ def session(
 
 
 def run(active: Any, names: Sequence[str] | None, feeds: Mapping[str, npt.NDArray[Any]]) -> list[npt.NDArray[Any]]:
-    """Run a session; ModelError carries the runtime's message, which names the node."""
+    """Run a session; ModelError carries the runtime's message, which names the node.
+
+    Where the model takes float16, float32 values are rounded to it.
+    """
+    half = {given.name for given in active.get_inputs() if given.type == "tensor(float16)"}
+    fed = {k: v.astype("float16") if k in half and v.dtype == "float32" else v for k, v in feeds.items()}
     try:
-        outputs: list[npt.NDArray[Any]] = active.run(names, dict(feeds))
+        outputs: list[npt.NDArray[Any]] = active.run(names, fed)
     except Exception as error:  # as in session()
         raise _cannot_run(feeds, error) from error
     return outputs

@@ -116,6 +116,10 @@ class Selection:
                 return override
         return None
 
+    def tensor_override(self, tensor: gs.Tensor) -> SpecOverride | None:
+        """The override of the tensor by its name."""
+        return self._tensors.get(tensor.name)
+
     def granularity(self, node: gs.Node, weight: gs.Tensor) -> str | None:
         """The granularity that the user wants for a node's weight, by the tensor's name or else the node's."""
         for override in (self._tensors.get(weight.name), self.node_override(node)):

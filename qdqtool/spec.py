@@ -202,8 +202,10 @@ class QuantParams:
 
     def __post_init__(self) -> None:
         for name, dtype in (("scale", np.float32), ("zero_point", np.int64)):
-            array = np.array(getattr(self, name), dtype=dtype)
-            array.setflags(write=False)
+            array = np.asarray(getattr(self, name), dtype=dtype)
+            if array.flags.writeable:  # what cannot change is shared: one zero broadcast to a million blocks, say
+                array = array.copy()
+                array.setflags(write=False)
             object.__setattr__(self, name, array)
 
     @property

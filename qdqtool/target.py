@@ -7,6 +7,7 @@ of rules is all that the planner knows of a target.
 from __future__ import annotations
 
 import enum
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Final
@@ -52,6 +53,21 @@ class OpRule:
 
 
 @dataclass(frozen=True)
+class WeightRule:
+    """What a target makes of MatMul by a weight in integers, and of a table of integers that Gather reads.
+
+    Attributes:
+        block_sizes: bits of a code -> numbers of elements that may share a scale; none: one scale for each channel.
+        asymmetric: whether codes may have a zero point.
+        tables: whether Gather can read integers that are turned into floats behind it.
+    """
+
+    block_sizes: Mapping[int, frozenset[int]] = field(default_factory=dict, hash=False)
+    asymmetric: bool = True
+    tables: bool = True
+
+
+@dataclass(frozen=True)
 class Target:
     """An execution provider as the planner sees it.
 
@@ -67,6 +83,8 @@ class Target:
         residual: at an Add that follows a convolution, only the other branch is quantized: Conv, Add, Relu fuse.
         share_concat: inputs of a Concat that nothing else reads take over the Concat's range, which makes it a copy.
         rules: one entry an operator.
+        weights: how weights alone are stored in integers, activations staying float.
+        float32_ops: operators that run in float32 only, so that a model in float16 keeps them there.
     """
 
     name: str
@@ -80,15 +98,26 @@ class Target:
     residual: bool = False
     share_concat: bool = False
     rules: tuple[OpRule, ...] = ()
+    weights: WeightRule = field(default_factory=WeightRule)
+    float32_ops: frozenset[str] = frozenset()
     by_op: MappingProxyType[str, OpRule] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "by_op", MappingProxyType({rule.op: rule for rule in self.rules}))
 
+    @property
+    def for_cpu(self) -> bool:
+        """Whether its files are for ONNX Runtime's CPU provider, which is always there to try them on."""
+        return self.providers[:1] == ("CPUExecutionProvider",)
+
 
 def _moves(*ops: str, output: Emit = Emit.SAME) -> tuple[OpRule, ...]:
     return tuple(OpRule(op, output=output) for op in ops)
 
+
+_BLOCKS: Final = frozenset({16, 32, 64, 128, 256})  # in others, DequantizeLinear and MatMul stay two nodes
+_BLOCKS_OF_2_BITS: Final = frozenset({32, 64, 128})  # others become one node, which unpacks the weight at every run
+_NONE: Final[frozenset[int]] = frozenset()
 
 _CPU: Final = Target(
     name="cpu",
@@ -120,7 +149,11 @@ _CPU: Final = Target(
         *_moves("Expand", "Tile", "DepthToSpace", "Resize", "ReduceMax"),
         OpRule("Pad", output=Emit.SAME, kernel=False),
     ),
+    weights=WeightRule(MappingProxyType({8: _BLOCKS, 4: _BLOCKS, 2: _BLOCKS_OF_2_BITS})),
 )
+
+_NO_FLOAT16: Final = frozenset({"GridSample", "IsInf", "Range", "RoiAlign"})
+"""Operators with a kernel for float32 but none for float16 in the CUDA provider's registry."""
 
 _TENSORRT: Final = Target(
     name="tensorrt",
@@ -136,6 +169,8 @@ _TENSORRT: Final = Target(
         OpRule("Gemm", weight=True, output=Emit.NEVER, follows=False),
         OpRule("MatMul", (0, 1), weight=True, output=Emit.NEVER, follows=False),
     ),
+    weights=WeightRule(MappingProxyType({8: _NONE, 4: _BLOCKS}), asymmetric=False, tables=False),
+    float32_ops=_NO_FLOAT16,
 )
 
 _CUDA: Final = Target(
@@ -147,14 +182,23 @@ _CUDA: Final = Target(
     bias_int32=_TENSORRT.bias_int32,
     residual=_TENSORRT.residual,
     rules=_TENSORRT.rules,
+    # The provider runs a blocked DequantizeLinear of 8 bits only where it becomes part of a MatMulNBits.
+    weights=WeightRule(MappingProxyType({8: _NONE, 4: _BLOCKS, 2: _BLOCKS_OF_2_BITS})),
+    float32_ops=_NO_FLOAT16,
 )
 
 TARGETS: Final = {target.name: target for target in (_CPU, _CUDA, _TENSORRT)}
 
 
-def target(name: str) -> Target:
-    """Look a target up by name; RecipeError names the nearest known one."""
-    try:
-        return TARGETS[name]
-    except KeyError:
-        raise RecipeError(f"unknown target {name!r}; known: {', '.join(TARGETS)}.{nearest(name, TARGETS)}") from None
+def target(name: str | Target) -> Target:
+    """Look a target up by name; RecipeError names the nearest known one. A target of the user's own is itself."""
+    found = known_target(name)
+    if found is None:
+        known = f"known: {', '.join(TARGETS)}.{nearest(str(name), TARGETS)}"
+        raise RecipeError(f"unknown target {name!r}; {known} One of your own is a .toml file")
+    return found
+
+
+def known_target(name: str | Target) -> Target | None:
+    """The same, but None for an unknown name."""
+    return name if isinstance(name, Target) else TARGETS.get(name)

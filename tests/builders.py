@@ -14,6 +14,7 @@ import onnxruntime
 from qdqtool import model as models
 from qdqtool import placement
 from qdqtool.pipeline import Result, quantize
+from qdqtool.target import Target
 
 Array = npt.NDArray[Any]
 Arrays = dict[str, Array]
@@ -91,7 +92,7 @@ def quality(reference: onnx.ModelProto, quantized: onnx.ModelProto, fed: Mapping
     return {name: min(sqnr(value, other[name]) for other in others) for name, value in wanted.items()}
 
 
-def quantized(proto: onnx.ModelProto, data: object = None, *, target: str = "cpu", **fields: Any) -> Result:
+def quantized(proto: onnx.ModelProto, data: object = None, *, target: str | Target = "cpu", **fields: Any) -> Result:
     """Quantize on random data and hold the result to what every result must be: checked, and loaded by the runtime."""
     result = quantize(proto, feeds(proto) if data is None else data, target=target, provider="cpu", **fields)
     onnx.checker.check_model(result.model, full_check=True)

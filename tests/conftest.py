@@ -5,11 +5,14 @@ from __future__ import annotations
 import importlib.util
 import sys
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
+
+if TYPE_CHECKING:
+    from tests.cuda_stub import CudaStub
 
 ROOT = Path(__file__).parents[1]
 ZOO = ROOT.parent / "shared" / "zoo"
@@ -56,3 +59,29 @@ def real_model(request: pytest.FixtureRequest) -> Path:
     """Path of one real model after another."""
     path: Path = request.param
     return path
+
+
+@pytest.fixture
+def any_data(request: pytest.FixtureRequest) -> Callable[[Path], Any]:
+    """Data with which a real model runs, for tests to which values do not matter."""
+
+    def find(path: Path) -> Any:
+        if path.stem != "silero_vad":
+            return "synthetic:2"
+        zoo = request.getfixturevalue("zoo")  # audio must have a certain length, which no shape tells
+        return zoo.feeds(zoo.load(path.stem), 2)
+
+    return find
+
+
+@pytest.fixture(scope="session")
+def cuda_stub(tmp_path_factory: pytest.TempPathFactory) -> CudaStub:
+    """``cuda_stub(proto, config=None)``: the partition of a model on CUDA, with CUDA libraries that do nothing."""
+    from tests import cuda_stub
+
+    reason = cuda_stub.obstacle()
+    if reason is not None:
+        pytest.skip(reason)
+    folder = tmp_path_factory.mktemp("cuda")
+    cuda_stub.build(folder)
+    return cuda_stub.CudaStub(folder)

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -212,6 +213,16 @@ def test_tensors_that_want_other_samples_do_not_mix(tmp_path: Path) -> None:
     assert first.statistics.tensors.keys() <= mixed.statistics.tensors.keys()
 
 
+def test_a_partial_cut_otherwise_is_left_alone(tmp_path: Path) -> None:
+    found, kept = calibrate({"x": X[:4]}, targets=["tensorrt"]), entry(tmp_path, "a")
+    names = [*found.statistics.tensors]
+    kept.keep(found.statistics, whole=False, plan=found.batching)
+    assert kept.partial(names, {}, found.batching) == found.statistics
+    assert kept.partial(names, {}, replace(found.batching, rows=False)) is None
+    assert kept.partial(names[1:], {}, found.batching) is None
+    assert kept.load() is None
+
+
 # A cache in a bad state
 
 
@@ -296,12 +307,12 @@ def test_what_was_used_longest_ago_goes(tmp_path: Path) -> None:
         for path in tmp_path.glob(f"{kept.name}*"):
             os.utime(path, (time.time() - 100 - age,) * 2)
     size = max(Cache(tmp_path).sizes().values())
-    assert entry(tmp_path, "c").load() is not None  # used just now
+    assert entry(tmp_path, "a").load() is not None  # was the oldest, and is used now
     kept = entry(tmp_path, "d", most_bytes=3 * size)
     kept.complete(qdqtool.Calibration(kept.model, found.statistics, found.sources, found.batching, "runtime"))
     assert {name: entry(tmp_path, name).load() is not None for name in "abcd"} == {
-        "a": False,
-        "b": True,
+        "a": True,
+        "b": False,
         "c": True,
         "d": True,
     }
@@ -349,11 +360,11 @@ def test_what_another_process_kept_meanwhile_stays(tmp_path: Path, monkeypatch: 
 
     def meanwhile(job: ObserveJob) -> Any:
         monkeypatch.setattr(ObserveJob, "start", start)
-        calibrate({"x": X}, cache=tmp_path, targets=["tensorrt"])
+        calibrate({"x": X}, cache=tmp_path, targets=["cpu"])
         return start(job)
 
     monkeypatch.setattr(ObserveJob, "start", meanwhile)
-    calibrate({"x": X}, cache=tmp_path, targets=["cpu"])
+    calibrate({"x": X}, cache=tmp_path, targets=["tensorrt"])
     taken = watch(monkeypatch)
     for target in ("cpu", "tensorrt"):
         calibrate({"x": X}, cache=tmp_path, targets=[target])

@@ -11,8 +11,9 @@ import pytest
 
 from qdqtool import affine
 from qdqtool import model as models
+from qdqtool.blockwise import pack
 from qdqtool.errors import PipelineError
-from qdqtool.insert import derived_bias, insert, pack
+from qdqtool.insert import derived_bias, insert
 from qdqtool.plan import DerivedFrom, Key, Output, Plan, SharedWith, Use
 from qdqtool.spec import FORMATS, PER_TENSOR, QuantizedWeight, QuantParams, QuantSpec, per_channel
 from tests.builders import Array, constants, normal, parse, run

@@ -158,7 +158,7 @@ def test_a_calibrator_by_name_and_one_name_for_a_list() -> None:
         ({"calibrater": "mse"}, r"unknown recipe field 'calibrater'\. Did you mean 'calibrator'\? Known: target"),
         ({"tensors": {"x": {"dtyp": "int8"}}}, r"field 'tensors\.x\.dtyp'\. Did you mean 'dtype'\? Known: dtype"),
         ({"images": {"resise": 3}}, r"field 'images\.resise'\. Did you mean 'resize'\?"),
-        ({"precision": "w8a9"}, r"'precision': Input should be 'w8a8' \(given: 'w8a9'\)"),
+        ({"precision": "w8a9"}, r"'precision': Input should be 'w8a8', .* \(given: 'w8a9'\)"),
         ({"samples": 0}, r"'samples': .*greater than or equal to 1 \(given: 0\)"),
         ({"samples": "many"}, r"'samples': .*valid integer \(given: 'many'\)"),
         ({"samples": 1.0}, r"'samples': .*valid integer"),

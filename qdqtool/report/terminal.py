@@ -14,20 +14,21 @@ from rich.text import Text
 
 from qdqtool.comparison import Comparison
 from qdqtool.passes_api import Skip, State, Timing
-from qdqtool.placement import is_integer_kernel
 from qdqtool.plan import DerivedFrom, Entry, SharedWith
 from qdqtool.report import calibration
-from qdqtool.report.units import count, db, duration, listed, percent, size
+from qdqtool.report.layout import by_reason, grid, head, more, operators
+from qdqtool.report.placed import fits, integers, target_of
+from qdqtool.report.units import count, db, duration, percent, size
 from qdqtool.report.values import Report
 
 OUTPUTS = 8
 """Outputs and tensors listed before the rest is only counted."""
 PLAN_ROWS = 40
+_PLANNERS = frozenset({"plan", "plan-weights", "scale-weights", "convert-float16"})
+"""Passes that decide what stays float."""
 _PERCENT = frozenset({"top1", "top5"})
 _ROLE = re.compile(r":\w+:`~?([^`]*)`|``([^`]*)``")
 """Markup of docstrings, which says nothing in a terminal."""
-_FITTING = {"cpu": ("cpu",), "cuda": ("cuda", "tensorrt"), "tensorrt": ("tensorrt",)}
-"""Providers on which a figure of a target's file is the figure of that target."""
 
 
 def console(*, stderr: bool = False) -> Console:
@@ -52,7 +53,7 @@ def quantization(
         Text(f"{_settings(report.recipe)}, {count(report.samples, 'calibration sample')}", style="dim"),
         *_calibration(report),
         *_accuracy(report),
-        *_integers(report),
+        *integers(report),
         *stayed_float(report.skipped, {*report.layers} - {*report.weight_only}),
         *_notes(report.notes),
         *((*_adequacy(report), *_ranges(report), *_bytes(report), *_passes(report.timings)) if verbose else ()),
@@ -65,22 +66,22 @@ def quantization(
 
 def comparison(found: Comparison, *, reference: str, quantized: str) -> RenderableType:
     """What ``compare`` shows."""
-    head = Text.assemble((f"{reference} against {quantized}", "bold"), f"   {count(found.samples, 'sample')}")
-    parts: list[RenderableType] = [head, *_sqnr([("", found)], found.provider), *_score(found)]
+    title = Text.assemble((f"{reference} against {quantized}", "bold"), f"   {count(found.samples, 'sample')}")
+    parts: list[RenderableType] = [title, *_sqnr([("", found)], found.provider), *_score(found)]
     if found.tensors:
-        table = _grid(2)
+        table = grid(2)
         rows = sorted(found.tensors.items(), key=lambda item: item[1])
         for name, value in rows[:OUTPUTS]:
             table.add_row(Text(name), db(value))
-        parts += [_head("Tensors in between", "the worst first; first samples only, emulated"), table]
-        parts += _more(len(rows) - OUTPUTS, "tensor", "--json lists all")
+        parts += [head("Tensors in between", "the worst first; first samples only, emulated"), table]
+        parts += more(len(rows) - OUTPUTS, "tensor", "--json lists all")
     return Group(*parts)
 
 
 def plan(state: State, *, source: str, verbose: bool = False) -> RenderableType:
     """What ``quantize --dry-run`` shows: what would be quantized and how, what would not and why."""
     assert state.plan is not None
-    table = _grid(2, justify="left")
+    table = grid(2, justify="left")
     entries = list(state.plan.entries.items())
     for key, entry in entries if verbose else entries[:PLAN_ROWS]:
         table.add_row(Text(str(key).removeprefix("::")), Text(entry_text(entry)))
@@ -88,18 +89,18 @@ def plan(state: State, *, source: str, verbose: bool = False) -> RenderableType:
     return Group(
         Text.assemble((source, "bold"), "   plan only: nothing was calibrated and nothing is written"),
         Text(_settings(json.loads(state.recipe.to_json())), style="dim"),
-        _head("To run in integers", f"{count(kernels.total(), 'operator')}: {_operators(kernels)}"),
+        head("To run in integers", f"{count(kernels.total(), 'operator')}: {operators(kernels)}"),
         *stayed_float(state.skipped, state.plan.kernels),
         *_notes(state.notes),
-        _head("Plan", f"{len(entries)} tensors and uses (node::input)"),
+        head("Plan", f"{len(entries)} tensors and uses (node::input)"),
         table,
-        *([] if verbose else _more(len(entries) - PLAN_ROWS, "entry", "-v lists all")),
+        *([] if verbose else more(len(entries) - PLAN_ROWS, "entry", "-v lists all")),
     )
 
 
 def listing(title: str, rows: Iterable[tuple[str, str, str]]) -> RenderableType:
     """Name, one line about it, and where it comes from ("" for built in)."""
-    table = _grid(2, justify="left")
+    table = grid(2, justify="left")
     for name, summary, origin in rows:
         mark = Text(f"  (plugin of {origin})", style="magenta") if origin else Text("")
         table.add_row(Text(name, style="bold"), Text.assemble(_ROLE.sub(r"\1\2", summary), mark))
@@ -116,13 +117,14 @@ def entry_text(entry: Entry) -> str:
 
 
 def _settings(recipe: Mapping[str, object]) -> str:
-    """The recipe in a line: target, precision and calibrator, then what differs from its default."""
+    """The recipe in a line: target, precision and calibrator where one chooses, then what differs from its default."""
     calibrator = recipe["calibrator"]
     assert isinstance(calibrator, Mapping)
     chosen = ", ".join(f"{name} {value}" for name, value in calibrator.items() if name != "name")
-    method = f"calibrator {calibrator['name']}" + (f" ({chosen})" if chosen else "")
+    method = [f"calibrator {calibrator['name']}" + (f" ({chosen})" if chosen else "")]
     more = [f"{name} {value}" for name, value in recipe.items() if name not in ("target", "precision", "calibrator")]
-    return ", ".join([f"target {recipe['target']}", str(recipe["precision"]), method, *more])
+    used = method if recipe["precision"] == "w8a8" else []
+    return ", ".join([f"target {target_of(recipe).name}", str(recipe["precision"]), *used, *more])
 
 
 def _synthetic(synthetic: bool) -> list[RenderableType]:
@@ -140,15 +142,15 @@ def _calibration(report: Report) -> list[RenderableType]:
 
 
 def _accuracy(report: Report) -> list[RenderableType]:
-    target = str(report.recipe["target"])
+    target = target_of(report.recipe)
     rows = [("of calibration", report.verification), ("of evaluation", report.evaluation)]
     known = [(origin, found) for origin, found in rows if found is not None]
     if not known:
         return []
     provider = known[0][1].provider
     parts = _sqnr(known, provider)
-    if provider not in _FITTING.get(target, (provider,)):
-        line = f"  The file is made for {target}; these figures are the {provider.upper()} provider's."
+    if not fits(target, provider):
+        line = f"  The file is made for {target.name}; these figures are the {provider.upper()} provider's."
         parts.append(Text(line, style="yellow"))
     return parts + (_score(report.evaluation) if report.evaluation is not None else [])
 
@@ -165,9 +167,9 @@ def _sqnr(rows: Sequence[tuple[str, Comparison]], provider: str) -> list[Rendera
         for name, value in outputs[:OUTPUTS]:
             table.add_row(Text(name), f"{found.samples} {origin}".strip(), db(value), db(found.emulated[name]))
     return [
-        _head("Accuracy", f"against the float model, on the {provider.upper()} provider"),
+        head("Accuracy", f"against the float model, on the {provider.upper()} provider"),
         table,
-        *_more(hidden, "better output", "--json lists all"),
+        *more(hidden, "better output", "--json lists all"),
         Text("  fused: as the runtime runs it; emulated: every Q and DQ as written, in float", style="dim"),
     ]
 
@@ -192,53 +194,33 @@ def _score(found: Comparison) -> list[RenderableType]:
     return parts
 
 
-def _integers(report: Report) -> list[RenderableType]:
-    target = str(report.recipe["target"])
-    provider = report.verification.provider.upper() if report.verification else "CPU"
-    integer = {op: n for op, n in report.kernels.items() if is_integer_kernel(op)}
-    others = {op: n for op, n in report.kernels.items() if op not in integer}
-    total = count(sum(report.kernels.values()), "operator")
-    runs = f"{sum(integer.values())} of {total} in the graph that the {provider} provider runs"
-    if target != "cpu":
-        planned = Counter(report.layers.values())
-        return [
-            _head(f"Placed for integers on {target}", f"{count(planned.total(), 'operator')}: {_operators(planned)}"),
-            Text(f"  Integer kernels here: {runs}", style="dim"),
-        ]
-    parts: list[RenderableType] = [_head("In integers", runs), Text(f"  {_operators(integer)}")]
-    return [*parts, Text(f"  others: {_operators(others)}", style="dim")] if others else parts
-
-
 def stayed_float(skipped: Iterable[Skip], integers: Iterable[str]) -> list[RenderableType]:
     """What was left alone, grouped by reason with the most frequent first; nodes among ``integers`` are not listed."""
     done = frozenset(integers)
     parts: list[RenderableType] = []
     groups: dict[bool, dict[str, list[str]]] = {True: {}, False: {}}
     for skip in skipped:
-        planned = skip.pass_name == "plan"
+        planned = skip.pass_name in _PLANNERS
         if not (planned and skip.node in done):
             reason = skip.reason if planned else f"{skip.pass_name}: {skip.reason}"
             groups[planned].setdefault(reason, []).append(skip.node)
     for planned, reasons in groups.items():
         if reasons:
-            table = _grid(2, justify="right", first="right")
-            for reason, nodes in sorted(reasons.items(), key=lambda item: -len(item[1])):
-                table.add_row(str(len(nodes)), Text.assemble(reason, (f"\n{listed(nodes)}", "dim")))
             total = sum(map(len, reasons.values()))
             title = "Stayed float" if planned else "Left as they were by preparation"
-            parts += [_head(title, f"{count(total, 'node')}, by reason"), table]
+            parts += [head(title, f"{count(total, 'node')}, by reason"), by_reason(reasons)]
     return parts
 
 
 def _notes(notes: Sequence[str]) -> list[RenderableType]:
-    return [_head("Notes", ""), *(Text(f"  {note}") for note in notes)] if notes else []
+    return [head("Notes", ""), *(Text(f"  {note}") for note in notes)] if notes else []
 
 
 def _adequacy(report: Report) -> list[RenderableType]:
     found = report.calibration
     if found is None or report.synthetic or not found.tensors:
         return []
-    return [_head("Calibration data", "ranges that depend most on one sample"), *calibration.details(found)]
+    return [head("Calibration data", "ranges that depend most on one sample"), *calibration.details(found)]
 
 
 def _ranges(report: Report) -> list[RenderableType]:
@@ -249,21 +231,21 @@ def _ranges(report: Report) -> list[RenderableType]:
     for item in report.tensors:
         seen = "" if item.observed is None else f"[{item.observed[0]:.4g}, {item.observed[1]:.4g}]"
         table.add_row(Text(item.tensor), item.spec, Text(f"[{item.lo:.4g}, {item.hi:.4g}]"), Text(seen), item.method)
-    return [_head("Ranges", f"{count(len(report.tensors), 'tensor')}, in the units of the model's own values"), table]
+    return [head("Ranges", f"{count(len(report.tensors), 'tensor')}, in the units of the model's own values"), table]
 
 
 def _bytes(report: Report) -> list[RenderableType]:
-    table = _grid(2)
+    table = grid(2)
     for name, number in report.sizes.parts.items():
         table.add_row(name, size(number))
-    return [_head("Parts of the file", ""), table]
+    return [head("Parts of the file", ""), table]
 
 
 def _passes(timings: Sequence[Timing]) -> list[RenderableType]:
-    table = _grid(3)
+    table = grid(3)
     for timing in timings:
         table.add_row(timing.pass_name, duration(timing.seconds), count(timing.changes, "place"))
-    return [_head("Passes", "wall time and places changed"), table]
+    return [head("Passes", "wall time and places changed"), table]
 
 
 def _times(timings: Sequence[Timing]) -> Text:
@@ -276,24 +258,3 @@ def _times(timings: Sequence[Timing]) -> Text:
     words = [f"{name} {duration(seconds)}" for name, seconds in large]
     words += [f"the rest {duration(rest)}"] if len(large) < len(steps) else []
     return Text(f"Took {duration(total)}: {', '.join(words)}", style="dim")
-
-
-def _operators(counts: Mapping[str, int]) -> str:
-    ordered = sorted(counts.items(), key=lambda item: -item[1])
-    return ", ".join(f"{op} {number}" for op, number in ordered) or "none"
-
-
-def _head(title: str, rest: str) -> Text:
-    return Text.assemble("\n", (title, "bold cyan"), f"  {rest}" if rest else "")
-
-
-def _more(number: int, what: str, where: str) -> list[RenderableType]:
-    return [Text(f"  and {count(number, what)} more; {where}", style="dim")] if number > 0 else []
-
-
-def _grid(columns: int, *, justify: str = "right", first: str = "left") -> Table:
-    table = Table.grid(padding=(0, 2), pad_edge=True)
-    for index in range(columns):
-        last = justify if first == "left" else "left"
-        table.add_column(justify=first if index == 0 else last, overflow="fold")  # type: ignore[arg-type]  # a literal type
-    return table

@@ -16,11 +16,11 @@ import qdqtool
 from qdqtool import model as models
 from qdqtool.adequacy import Adequacy, assess
 from qdqtool.comparison import Comparison
+from qdqtool.partition import Partition
 from qdqtool.passes_api import Skip, State, Timing
-from qdqtool.placement import is_integer_kernel
+from qdqtool.placement import Placement, is_integer_kernel
 from qdqtool.plan import params_of
 from qdqtool.scopes import bodies
-from qdqtool.spec import QuantizedWeight
 
 
 @dataclass(frozen=True)
@@ -80,6 +80,10 @@ class Report:
     evaluation: Comparison | None = field(default=None)
     calibration: Adequacy | None = field(default=None)
     """What the calibration data are worth; None where nothing was observed."""
+    placement: Placement | None = field(default=None)
+    """What became of each planned node; None where the runtime that the file is made for is not here."""
+    partition: Partition | None = field(default=None)
+    """Which execution provider runs which node; None where all ran on the CPU."""
 
     @property
     def integer_kernels(self) -> int:
@@ -133,6 +137,8 @@ def make_report(state: State, proto: onnx.ModelProto, timings: tuple[Timing, ...
         kernels=state.kernels,
         timings=timings,
         calibration=_calibration(state, synthetic=synthetic),
+        placement=state.placement,
+        partition=state.partition,
     )
 
 
@@ -160,12 +166,12 @@ def _tensors(state: State) -> list[QuantizedTensor]:
             QuantizedTensor(
                 key=str(key),
                 tensor=name,
-                kind="constant" if isinstance(value, QuantizedWeight) else "activation",
+                kind="constant" if key in state.plan.constants else "activation",
                 spec=str(params.spec),
                 method=params.method,
                 lo=float(chosen.lo.min()),
                 hi=float(chosen.hi.max()),
-                observed=None if stats is None or isinstance(value, QuantizedWeight) else (stats.lo, stats.hi),
+                observed=None if stats is None or key in state.plan.constants else (stats.lo, stats.hi),
                 expected_errors=state.compared.get(key, {}),
             )
         )

@@ -61,6 +61,22 @@ def test_convolutions(passes: Any, layer: str, weights: dict[str, Any], opset: i
     assert not state.skipped
 
 
+@pytest.mark.parametrize("rank", [1, 3])
+@pytest.mark.parametrize("layer", ["Conv(x, w)", "ConvTranspose(x, v, b)", "ConvTranspose <group = 2> (x, u)"])
+def test_one_and_three_axes(passes: Any, layer: str, rank: int) -> None:
+    kernel = (2,) * rank
+    weights = {"w": normal(8, 4, *kernel), "v": normal(4, 8, *kernel), "u": normal(4, 4, *kernel), "b": normal(8)}
+    proto, state = passes(
+        f"""<ir_version: 8, opset_import: ["" : 15]> g (float[N, 4{", 5" * rank}] x) => (float y, float z) {{
+            c = {layer} [bn] y = BatchNormalization(c, gamma, beta, mean, var) r = Relu(y) e = Exp(y) z = Add(r, e)
+        }}""",
+        *PASSES,
+        weights={**weights, **parameters(8)},
+    )
+    assert "BatchNormalization" not in passes.ops(proto)
+    assert list(state.batchnorms) == ["y"]
+
+
 @pytest.mark.parametrize(
     ("layer", "weights"),
     [

@@ -164,7 +164,7 @@ TOKENS = ("float[N, 4, 16] x", "float[N, 4, 16] y")
         pytest.param(
             f"{conv('a', 'x')} [p] p = Pad(a, ends) {conv('y', 'p', 1)}",
             IMAGES[0],
-            "float[N, 8, 10, 10] y",
+            "float[N, 8, 10, 10] y, float[N, 8, 10, 10] p",
             ".a.0 .a.1 .a.2<.a.0,.a.1 .a .p=.a .y.1 .y.2<.p,.y.1 .y",
             ".a.0 .a.1 .y.0 .y.1",
             id="pad",

@@ -13,7 +13,8 @@ import onnx
 import pytest
 
 from qdqtool import affine, pipeline
-from qdqtool.insert import insert, pack
+from qdqtool.blockwise import pack
+from qdqtool.insert import insert
 from qdqtool.passes import PlanQuantization
 from qdqtool.passes_api import PassManager, State
 from qdqtool.spec import QuantizedWeight, QuantParams

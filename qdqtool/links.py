@@ -1,0 +1,58 @@
+"""A graph in ONNX's own form, indexed: who makes a tensor, who reads it, and of which type it is."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from dataclasses import dataclass, field
+
+import onnx
+
+from qdqtool.scopes import read_by
+
+CONVERSIONS = frozenset({"QuantizeLinear", "DequantizeLinear"})
+
+
+@dataclass(frozen=True)
+class Links:
+    """An index over the top graph of a model; reads inside control-flow bodies count as the reads of their node.
+
+    Attributes:
+        graph: what is indexed.
+        makers: tensor -> the node that puts it out.
+        readers: tensor -> the nodes that read it, once each.
+        constants: initializers by name.
+        types: tensor -> number of its element type, where the graph tells.
+        outputs: tensors that the graph gives out.
+    """
+
+    graph: onnx.GraphProto
+    makers: dict[str, onnx.NodeProto] = field(default_factory=dict)
+    readers: dict[str, list[onnx.NodeProto]] = field(default_factory=lambda: defaultdict(list))
+    constants: dict[str, onnx.TensorProto] = field(default_factory=dict)
+    types: dict[str, int] = field(default_factory=dict)
+    outputs: frozenset[str] = frozenset()
+
+    @staticmethod
+    def of(graph: onnx.GraphProto) -> Links:
+        """Index a graph; linear in its nodes."""
+        found = Links(graph, outputs=frozenset(value.name for value in graph.output))
+        for node in graph.node:
+            found.makers.update(dict.fromkeys(filter(None, node.output), node))
+            for name in dict.fromkeys(filter(None, read_by(node))):
+                found.readers[name].append(node)
+        for tensor in graph.initializer:
+            found.constants[tensor.name] = tensor
+            found.types[tensor.name] = tensor.data_type
+        for value in (*graph.input, *graph.output, *graph.value_info):
+            if value.type.tensor_type.elem_type:
+                found.types[value.name] = value.type.tensor_type.elem_type
+        return found
+
+    def read(self, tensor: str) -> list[onnx.NodeProto]:
+        """The nodes that read the tensor."""
+        return self.readers.get(tensor, [])
+
+    def dequantizer(self, tensor: str) -> onnx.NodeProto | None:
+        """The DequantizeLinear that puts the tensor out; None where something else does."""
+        maker = self.makers.get(tensor)
+        return maker if maker is not None and maker.op_type == "DequantizeLinear" else None
