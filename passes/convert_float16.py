@@ -15,14 +15,12 @@ import onnx
 import onnx_graphsurgeon as gs
 
 from qdqtool import graph as graphs
-from qdqtool.float16 import has_float32, is_float32
+from qdqtool.float16 import ANY_TYPE, has_float32, is_float32
 from qdqtool.float16_choice import Choice, choose
 from qdqtool.graph import Array
 from qdqtool.lazy import Derived
 from qdqtool.passes_api import GRAPH_FACTS, Fact, State
 
-_ANY_TYPE: Final = frozenset({"Cast", "Shape", "Size"})
-"""Operators that read either type as it comes."""
 _CODES: Final[dict[type, int]] = {np.float16: onnx.TensorProto.FLOAT16, np.float32: onnx.TensorProto.FLOAT}
 
 
@@ -129,7 +127,7 @@ class _Converter:
     def _read(self, graph: gs.Graph, node: gs.Node, index: int, tensor: gs.Tensor) -> None:
         """Let a node read a tensor in the type it computes in."""
         half = id(node) in self.choice.converted and index in self.choice.converted[id(node)].inputs
-        if node.op in _ANY_TYPE:
+        if node.op in ANY_TYPE:
             half = id(tensor) in self.half
         if graphs.is_constant(tensor):
             wanted = self._constant(tensor) if half else tensor

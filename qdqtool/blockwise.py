@@ -22,7 +22,6 @@ from qdqtool.spec import FloatArray, QuantParams, QuantSpec, Range, Scheme
 
 Array = npt.NDArray[Any]
 _PIECE: Final = 2**17  # elements handled at a time
-_LEAST_SCALE: Final = {np.dtype(np.float32): 2.0**-126, np.dtype(np.float16): 2.0**-24}  # smaller ones round to 0
 
 
 def weight_params(values: Array, spec: QuantSpec, stored: npt.DTypeLike = np.float32) -> QuantParams | None:
@@ -58,11 +57,21 @@ def weight_params(values: Array, spec: QuantSpec, stored: npt.DTypeLike = np.flo
 
 def _rounded(scale: FloatArray, spec: QuantSpec, stored: npt.DTypeLike) -> npt.NDArray[np.float32]:
     """Scales as they are stored: never 0 where the group is not, and no code beyond the greatest number of the type."""
-    kind = np.dtype(stored)
-    most = float(np.finfo(kind).max) / max(spec.qmax, -spec.qmin)
-    most = float(np.asarray(most * (1 - 2.0**-10), kind)) if kind == np.float16 else most
-    found = np.minimum(np.maximum(scale, _LEAST_SCALE[kind]), most).astype(kind)
-    return np.where(scale > 0, found, 1).astype(np.float32)
+    found = scale.astype(np.float32)
+    least, greatest = 2.0**-126, float(np.finfo(np.float32).max)
+    if np.dtype(stored) == np.float16:
+        half = scale.astype(np.float16)  # rounded down, small scales would cut off a good part of the block
+        found = np.where(half < scale, np.nextafter(half, np.float16(np.inf)), half).astype(np.float32)
+        least, greatest = 2.0**-24, 65504.0
+    most = np.float32(_half_digits(greatest / max(spec.qmax, -spec.qmin)))
+    kept: npt.NDArray[np.float32] = np.where(scale > 0, np.clip(found, np.float32(least), most), np.float32(1))
+    return kept
+
+
+def _half_digits(value: float) -> float:
+    """The next number towards 0 that has no more digits than a float16."""
+    mantissa, exponent = math.frexp(value)
+    return math.ldexp(math.floor(mantissa * 2**10) / 2**10, exponent)
 
 
 def value_range(values: Array, spec: QuantSpec) -> Range:

@@ -31,6 +31,8 @@ float16."""
 QUANTIZED: Final = frozenset({"QuantizeLinear", "DequantizeLinear", "DynamicQuantizeLinear"})
 BOUNDS: Final = {"Clip": (1, 2), "Min": None, "Max": None}
 """Inputs that only limit others; where they become infinite they limit as little as before. None: all inputs."""
+ANY_TYPE: Final = frozenset({"Cast", "Shape", "Size"})
+"""Operators that read either type as it comes."""
 EXACT: Final = frozenset(
     {"Abs", "Add", "Cast", "Ceil", "Clip", "Concat", "Cos", "CumSum", "Div", "Exp", "Expand", "Flatten", "Floor",
      "Gather", "GatherElements", "GatherND", "Identity", "Log", "Max", "Min", "Mod", "Mul", "Neg", "Pow", "Range",

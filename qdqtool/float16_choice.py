@@ -14,6 +14,7 @@ import onnx_graphsurgeon as gs
 
 from qdqtool import graph as graphs
 from qdqtool.float16 import (
+    ANY_TYPE,
     BOUNDS,
     EXACT,
     HANDS_ON,
@@ -66,6 +67,8 @@ class _Chooser:
         self._spread_extremes(node)
         if self._is_exact(node):
             self.exact.update(id(tensor) for tensor in node.outputs)
+            return
+        if node.op in ANY_TYPE and not any(is_float32(tensor) for tensor in node.outputs):
             return
         if isinstance(found, str):
             if not any(isinstance(value, gs.Graph) for value in node.attrs.values()):  # what counts is in the bodies
