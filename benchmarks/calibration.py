@@ -26,6 +26,7 @@ import onnx
 from benchmarks.zoo import DEFAULT, load_zoo
 from qdqtool import model as models
 from qdqtool import pipeline, registry, runtime
+from qdqtool.calibrator_api import choose
 from qdqtool.collect import Collected, collect
 from qdqtool.data import open_data
 from qdqtool.plan import Plan
@@ -80,13 +81,13 @@ def thresholds(plan: Plan, seen: Collected) -> dict[str, float]:
     specs = [(plan.tensors[key], spec) for key, spec in plan.specs() if key not in plan.constants and not spec.fixed]
     start = time.perf_counter()
     for stats in seen.calibration.statistics.tensors.values():
-        _ = stats.bins.prefix
+        _ = stats.bins.inside
     found = {"bins": time.perf_counter() - start}
     for name in registry.catalogue("calibrators"):
         calibrator = registry.make("calibrators", name, {})
         start = time.perf_counter()
         for tensor, spec in specs:
-            calibrator.choose(seen.calibration.statistics[tensor], spec)
+            choose(calibrator, seen.calibration.statistics[tensor], spec)
         found[name] = time.perf_counter() - start
     return found
 

@@ -14,7 +14,7 @@ from typing import ClassVar, Final
 import numpy as np
 
 from qdqtool.affine import expected_error
-from qdqtool.calibrator_api import Calibrator, Stat
+from qdqtool.calibrator_api import Calibrator, Stat, choose
 from qdqtool.calibrators.aciq_gauss import AciqGauss
 from qdqtool.calibrators.aciq_laplace import AciqLaplace
 from qdqtool.distribution import ChannelPriors
@@ -48,13 +48,13 @@ def _of_channels(stats: TensorStatistics, spec: QuantSpec) -> Range:
     """Each channel by the prior whose b/σ is nearer to its own: 1/√2 for Laplace, √(2/π) for Gauss."""
     priors = ChannelPriors.of(stats, spec)
     laplace = priors.b < _BETWEEN * priors.sigma
-    ranges = [p.choose(stats, spec) for p in (AciqLaplace(), AciqGauss())]
+    ranges = [choose(p, stats, spec) for p in (AciqLaplace(), AciqGauss())]
     lo, hi = (np.where(laplace, getattr(ranges[0], end), getattr(ranges[1], end)) for end in ("lo", "hi"))
     return Range(lo, hi)
 
 
 def _compared(stats: TensorStatistics, spec: QuantSpec) -> tuple[dict[str, Range], dict[str, float]]:
     priors: tuple[Calibrator, ...] = (AciqLaplace(), AciqGauss())
-    ranges = {p.name: p.choose(stats, spec) for p in priors}
+    ranges = {p.name: choose(p, stats, spec) for p in priors}
     errors = expected_error(stats.bins, [r.lo for r in ranges.values()], [r.hi for r in ranges.values()], spec)
     return ranges, {name: float(error) for name, error in zip(ranges, errors, strict=True)}

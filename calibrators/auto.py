@@ -7,7 +7,7 @@ from functools import cached_property
 from typing import ClassVar, Final
 
 from qdqtool.affine import expected_error
-from qdqtool.calibrator_api import Calibrator, Stat
+from qdqtool.calibrator_api import Calibrator, Stat, choose
 from qdqtool.errors import RecipeError
 from qdqtool.registry import catalogue, make
 from qdqtool.spec import QuantSpec, Range
@@ -61,7 +61,7 @@ class Auto:
         return {name: calibrator for name, calibrator in made.items() if calibrator.needs <= self.needs}
 
     def _ranges(self, stats: TensorStatistics, spec: QuantSpec) -> dict[str, Range]:
-        return {name: calibrator.choose(stats, spec) for name, calibrator in self._calibrators.items()}
+        return {name: choose(calibrator, stats, spec) for name, calibrator in self._calibrators.items()}
 
 
 def _errors(ranges: dict[str, Range], stats: TensorStatistics, spec: QuantSpec) -> dict[str, float]:

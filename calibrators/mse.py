@@ -65,7 +65,8 @@ class _Search:
         self.spec, self.side = spec, Side.of(stats, spec)
         self.lo, self.hi, self.occupied = stats.lo, stats.hi, stats.bins.count.size
         self.bins = _merged_far_below_top(stats.bins)
-        self.affordable = _BUDGET * (1 if self.occupied > _MANY else 3) // spec.steps
+        self.discrete = self.occupied <= _DISCRETE * (spec.steps + 1)
+        self.affordable = _BUDGET * (3 if self.discrete else 1) // spec.steps
         self.apart = self.side is Side.BOTH and self.affordable > _FEW
 
     def ends(self, u: npt.ArrayLike, v: npt.ArrayLike) -> tuple[FloatArray, FloatArray]:
@@ -123,8 +124,7 @@ class _Search:
         Values on a grid of their own (pixels scaled to [-1, 1]) can all lie half-way between two codes; then a slightly
         wider range has a third of the error.
         """
-        discrete = self.occupied <= _DISCRETE * (self.spec.steps + 1)
-        if self.side is not Side.BOTH or self.spec.steps > _FINE or not discrete:
+        if self.side is not Side.BOTH or self.spec.steps > _FINE or not self.discrete:
             return np.empty(0), np.empty(0)
         more = np.arange(4) * (self.hi - self.lo) / self.spec.steps / 2
         return (self.lo - np.repeat(more, 4))[1:], (self.hi + np.tile(more, 4))[1:]

@@ -14,7 +14,7 @@ import numpy as np
 
 from qdqtool import affine, registry
 from qdqtool import graph as graphs
-from qdqtool.calibrator_api import Calibrator
+from qdqtool.calibrator_api import Calibrator, choose
 from qdqtool.errors import RecipeError
 from qdqtool.graph import Array
 from qdqtool.linear import bias_place
@@ -112,7 +112,7 @@ def activation_params(
     if spec.fixed is not None or stats is None:
         assert spec.fixed is not None
         return affine.params_from_range(_fixed(spec.fixed), spec, "set by the user"), {}
-    chosen = calibrator.choose(stats, spec)
+    chosen = choose(calibrator, stats, spec)
     if spec.granularity.axis is not None and chosen.lo.ndim == 0:
         raise RecipeError(
             f"calibrator {calibrator.name!r} chooses one range for a whole tensor, not one for each channel; "

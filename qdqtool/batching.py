@@ -5,6 +5,7 @@ from __future__ import annotations
 import bisect
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Any, Final
 
@@ -211,7 +212,7 @@ def plan_batching(
     Args:
         inputs: what the model wants.
         feeds: the data; only its first samples are looked at.
-        run: runs the model and gives every output and observed tensor.
+        run: runs the model and gives every output and observed tensor; called from two threads at once.
         batch_bytes: what these may take together for one batch, unless one sample alone has more.
     """
     fixed = _fixed_rows(inputs)
@@ -256,8 +257,11 @@ def _all_single(feeds: Iterable[Feeds]) -> bool:
 
 
 def _trial(first: Sample, second: Sample, run: Runner, batch_bytes: int) -> Batching:
-    joined = run({name: np.concatenate([first.feeds[name], second.feeds[name]]) for name in first.feeds})
-    apart = [run(sample.feeds) for sample in (first, second)]
+    both_feeds = {name: np.concatenate([first.feeds[name], second.feeds[name]]) for name in first.feeds}
+    with ThreadPoolExecutor(1, "qdqtool") as pool:
+        running = pool.submit(run, both_feeds)
+        apart = [run(sample.feeds) for sample in (first, second)]
+        joined = running.result()
     for name, both in joined.items():
         for index, alone in enumerate(values[name] for values in apart):
             if both.size != 2 * alone.size or not _agree(both.reshape(2, -1)[index], alone.reshape(-1)):

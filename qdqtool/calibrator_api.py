@@ -37,3 +37,15 @@ class Calibrator(Protocol):
             StatisticsError: ``stats`` lack what the method needs.
         """
         ...
+
+
+def choose(calibrator: Calibrator, stats: TensorStatistics, spec: QuantSpec) -> Range:
+    """What ``calibrator.choose`` returns, worked out once for these statistics: whoever compares methods asks again."""
+    key = (calibrator, spec)
+    try:
+        known = stats.chosen.get(key)
+    except TypeError:  # options that have no hash, as lists
+        return calibrator.choose(stats, spec)
+    if known is None:
+        known = stats.chosen[key] = calibrator.choose(stats, spec)
+    return known

@@ -9,14 +9,13 @@ from dataclasses import dataclass
 import onnx
 
 from qdqtool import calibration as calibrations
-from qdqtool import model as models
 from qdqtool import observe as observing
 from qdqtool import runtime
 from qdqtool.batching import Held, Sample
 from qdqtool.cache import Cache
 from qdqtool.calibration import Calibration, ModelKey
 from qdqtool.data import Data
-from qdqtool.derive import Derivation, derivations, derived
+from qdqtool.derive import Derivation, all_derivations, derived
 from qdqtool.errors import DataError
 from qdqtool.fence import fences
 from qdqtool.observe import HELD, Observing, Progress
@@ -68,13 +67,14 @@ def collect(
     """
     axes = axes or {}
     key, made_by = ModelKey.of(proto), runtime.describe(provider)
-    fenced = fences(proto, _divided(proto, tensors, axes, None)[0])
+    follows = all_derivations(proto)
+    fenced = fences(proto, _divided(follows, tensors, axes, None)[0], follows)
     entry = known = None
     if cache is not None:
         entry = cache.entry(key, calibrations.digest_of(data), samples, made_by, fenced)
         known = entry.load()
     missing = [name for name in tensors if known is None or not known.has(name, axes.get(name))]
-    unseen, steps = _divided(proto, missing, axes, known)
+    unseen, steps = _divided(follows, missing, axes, known)
     notes: list[str] = []
     if known is not None and not unseen:
         held = _held(known, data, samples)
@@ -115,14 +115,12 @@ def collect(
 
 
 def _divided(
-    proto: onnx.ModelProto, names: Sequence[str], axes: Mapping[str, int], known: Calibration | None
+    follows: Mapping[str, Derivation], names: Sequence[str], axes: Mapping[str, int], known: Calibration | None
 ) -> tuple[list[str], dict[str, Derivation]]:
     """Tensors to observe so that all the named ones become known, and how the others follow from these.
 
     A tensor that can follow does so whether or not its source is wanted too: bits must not depend on what else is.
     """
-    computed = [name for node in proto.graph.node for name in node.output]
-    follows = derivations(proto, [*(info.name for info in models.inputs(proto)), *computed])
     unseen, steps = dict.fromkeys(name for name in names if name in axes), set()
     for wanted in names:
         name = wanted

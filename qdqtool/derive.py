@@ -20,6 +20,7 @@ import numpy.typing as npt
 import onnx
 from onnx import helper, numpy_helper
 
+from qdqtool import model as models
 from qdqtool.channel_statistics import ChannelStatistics
 from qdqtool.scopes import read_by
 from qdqtool.statistics import Statistics, TensorStatistics
@@ -93,6 +94,12 @@ def derivations(proto: onnx.ModelProto, tensors: Sequence[str], apart: Container
                 if chosen.tensor not in apart:
                     found[chosen.tensor] = chosen
     return found
+
+
+def all_derivations(proto: onnx.ModelProto) -> dict[str, Derivation]:
+    """Every tensor of the model that follows from another one; see :func:`derivations`."""
+    computed = [name for node in proto.graph.node for name in node.output]
+    return derivations(proto, [*(info.name for info in models.inputs(proto)), *computed])
 
 
 def _fused(proto: onnx.ModelProto) -> set[str]:

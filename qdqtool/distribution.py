@@ -28,6 +28,9 @@ if TYPE_CHECKING:
     from qdqtool.statistics import TensorStatistics
 
 
+_NEWTON = 100  # more steps than Newton's method needs
+
+
 class Side(enum.Enum):
     """Which ends of a range are free, and so what a calibrator searches."""
 
@@ -119,33 +122,13 @@ def partial_moments(bins: Bins, x: npt.ArrayLike) -> FloatArray:
 
     Values are spread evenly over their bin, so that a bin is cut at x in proportion.
     """
-    if bins.count.size == 0:
-        return np.zeros((3, *np.shape(x)))
-    index, low, cut, inside = _cut(bins, np.asarray(x, np.float64))
-    sums = bins.prefix[:, index]
-    sums[0] += inside
-    sums[1] += inside * (low + cut) / 2
-    sums[2] += inside * (low * low + low * cut + cut * cut) / 3
+    x = np.asarray(x, np.float64)
+    terms: FloatArray = bins.inside.take(np.searchsorted(bins.hi, x, side="right"), axis=1)
+    power, cut, sums = terms[0], np.maximum(x, terms[1]), terms[2:]
+    for i, share in enumerate((1, 1 / 2, 1 / 3)):
+        power = power * cut
+        sums[i] += power * share
     return sums
-
-
-def partial_counts(bins: Bins, x: npt.ArrayLike) -> FloatArray:
-    """The first of :func:`partial_moments` alone: the number of non-zero values between 0 and x; float64."""
-    if bins.count.size == 0:
-        return np.zeros(np.shape(x))
-    index, _, _, inside = _cut(bins, np.asarray(x, np.float64))
-    counts: FloatArray = bins.prefix[0, index] + inside
-    return counts
-
-
-def _cut(bins: Bins, x: FloatArray) -> tuple[IntArray, FloatArray, FloatArray, FloatArray]:
-    """The bin that holds each x or comes next, its lower edge, x cut to it, and how many of its values lie under x."""
-    index = np.minimum(np.searchsorted(bins.hi, x), bins.count.size - 1)
-    low = bins.lo[index]
-    width = bins.hi[index] - low
-    cut = low + np.clip(x - low, 0, width)
-    share = np.where(width > 0, (cut - low) / np.where(width > 0, width, 1), x >= low)
-    return index, low, cut, share * (bins.prefix[0, index + 1] - bins.prefix[0, index])
 
 
 def mirrored(bins: Bins) -> Bins:
@@ -206,9 +189,11 @@ def laplace_clip(steps: int, one_sided: bool) -> float:
     Banner, Nahshan, Hoffer, Soudry: Post-training 4-bit quantization of convolution networks for rapid-deployment
     (ACIQ), 2019, from 2b²e^(-α/b) + α²/(3n²); published for n = 2^M: 2.83, 3.89, 5.03 at M = 2, 3, 4.
     """
-    from scipy.special import lambertw
-
-    return float(lambertw((12 if one_sided else 3) * float(steps) ** 2).real)
+    target = math.log((12 if one_sided else 3) * float(steps) ** 2)
+    clip = target
+    for _ in range(_NEWTON):  # w + ln w = target, concave in w
+        clip = clip * (1 + target - math.log(clip)) / (1 + clip)
+    return clip
 
 
 @lru_cache(maxsize=64)
@@ -218,12 +203,10 @@ def gauss_clip(steps: int, one_sided: bool) -> float:
     The root of its derivative, α·erfc(α/√2) - √(2/π)e^(-α²/2) + α/(3n²) = 0; one-sided 12n² for 3n². ACIQ, 2019 (see
     :func:`laplace_clip`); published for n = 2^M: 1.71, 2.15, 2.56 at M = 2, 3, 4.
     """
-    from scipy.optimize import brentq
-
     noise = 1 / ((12 if one_sided else 3) * float(steps) ** 2)
-
-    def slope(alpha: float) -> float:
-        tail = alpha * math.erfc(alpha / math.sqrt(2)) - math.sqrt(2 / math.pi) * math.exp(-(alpha**2) / 2)
-        return tail + noise * alpha
-
-    return float(brentq(slope, 1e-3, 40.0))
+    alpha = 0.0
+    for _ in range(_NEWTON):  # the derivative is concave in α >= 0, and below 0 left of its root
+        tail = math.erfc(alpha / math.sqrt(2))
+        slope = alpha * tail - math.sqrt(2 / math.pi) * math.exp(-(alpha**2) / 2) + noise * alpha
+        alpha -= slope / (tail + noise)
+    return alpha

@@ -19,23 +19,29 @@ from typing import Final
 
 import onnx
 
-from qdqtool import model as models
-from qdqtool.derive import derivations
+from qdqtool.derive import all_derivations
 from qdqtool.scopes import read_by
 
 _PREFIX: Final = "qdqtool.fence."
 _FUSED_ALIKE: Final = frozenset({"Clip", "LeakyRelu", "Relu"})
 
 
-def fences(proto: onnx.ModelProto, observed: Iterable[str]) -> frozenset[str]:
-    """Names of the tensors that get a fence where these are observed: mostly the same ones whatever is observed."""
+def fences(
+    proto: onnx.ModelProto, observed: Iterable[str], follows: Iterable[str] | None = None
+) -> frozenset[str]:
+    """Names of the tensors that get a fence where these are observed: mostly the same ones whatever is observed.
+
+    Args:
+        proto: the model.
+        observed: names of tensors.
+        follows: the tensors that follow from others, where the caller knows them.
+    """
     values = (*proto.graph.value_info, *proto.graph.output)
     floats = {v.name for v in values if v.type.tensor_type.elem_type == onnx.TensorProto.FLOAT}
-    return frozenset(floats - _bare(proto)) | frozenset(observed)
+    return frozenset(floats - _bare(proto, follows)) | frozenset(observed)
 
 
-def _bare(proto: onnx.ModelProto) -> set[str]:
-    computed = [name for node in proto.graph.node for name in node.output]
+def _bare(proto: onnx.ModelProto, follows: Iterable[str] | None) -> set[str]:
     readers = Counter(name for node in proto.graph.node for name in read_by(node))
     readers.update(output.name for output in proto.graph.output)
     constants = {tensor.name for tensor in proto.graph.initializer}
@@ -45,7 +51,7 @@ def _bare(proto: onnx.ModelProto) -> set[str]:
         for node in proto.graph.node
         if node.op_type in _FUSED_ALIKE and readers[node.input[0]] == 1 and constants.issuperset(node.input[1:])
     }
-    return {*derivations(proto, [*(info.name for info in models.inputs(proto)), *computed])} | (convolved & fused)
+    return {*(all_derivations(proto) if follows is None else follows)} | (convolved & fused)
 
 
 def add_fences(proto: onnx.ModelProto, names: frozenset[str]) -> None:

@@ -6,7 +6,6 @@ A model of gigabytes must not be copied for steps that look at its structure alo
 from __future__ import annotations
 
 import gc
-import math
 from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
@@ -95,8 +94,7 @@ def release_float(state: State) -> None:
 def _is_large(tensor: gs.Tensor) -> bool:
     if not isinstance(tensor, gs.Constant) or isinstance(tensor._values, SparseValues):
         return False
-    kind = np.dtype(np.uint8) if isinstance(tensor.dtype, int) else np.dtype(tensor.dtype)
-    return kind.kind != "O" and math.prod(tensor.shape) * kind.itemsize > _LARGE
+    return bool(tensor._values.nbytes > _LARGE and tensor.dtype != np.object_)
 
 
 def _code(dtype: Any) -> int:

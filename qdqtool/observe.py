@@ -145,7 +145,8 @@ class _Observer:
         self._fed = [name for name in job.tensors if name in inputs]
         self._wanted = [name for name in job.tensors if name not in inputs]
         self._room = threading.BoundedSemaphore(job.at_once)
-        self._counting = threading.Lock()
+        self._locks = {name: threading.Lock() for name in job.tensors}
+        self._all = threading.Lock()
         self._clear()
 
     def _clear(self) -> None:
@@ -163,9 +164,7 @@ class _Observer:
         keys = batch.keys
         with self._room:
             outputs = self._outputs(batch.feeds) if self._wanted else []
-            # One thread counts while others run the model: counting holds the interpreter's lock most of the time, and
-            # two threads that count would only hand it to and fro.
-            with self._counting:
+            with self._all:
                 for name in self._fed:
                     self._count(name, batch.feeds[name], batch, keys)
                 for name in reversed(self._wanted):  # each is let go as soon as it is counted
@@ -183,7 +182,8 @@ class _Observer:
     def _count(self, name: str, values: Any, batch: Batch, keys: list[tuple[bytes, int]]) -> None:
         found = self._found[name]
         if isinstance(found, DeviceStatistics):
-            found.observe(values, batch)
+            with self._locks[name]:
+                found.observe(values, batch)
             return
         real = batch.real(values)
         if name in self._axes and real.ndim != values.ndim:
@@ -191,7 +191,8 @@ class _Observer:
                 f"the batch of tensor {name!r} is not its axis 0, so its channels cannot be told apart; "
                 "quantize it per tensor"
             )
-        found.observe(real, keys)
+        with self._locks[name]:
+            found.observe(real, keys)
 
     def result(self) -> Statistics:
         """Statistics of the batches since the last call."""
@@ -383,6 +384,7 @@ def _batching(jobs: Iterable[ObserveJob], data: Data, plan: Sweeps) -> Batching:
     """How samples may be joined: as every sweep allows, and no more of them than the largest has room for."""
     found = []
     for job in jobs:
+        _ = job.session  # loaded before several threads want it
         found.append(batching.plan_batching(models.inputs(job.model), data, job.run, plan.batch_bytes))
         if not found[-1].rows or found[-1].fixed:
             return found[-1]

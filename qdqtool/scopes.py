@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Final
 
 import onnx
+
+_HOLDS_GRAPHS: Final = (onnx.AttributeProto.GRAPH, onnx.AttributeProto.GRAPHS)
 
 
 def bodies(graph: onnx.GraphProto) -> Iterator[onnx.GraphProto]:
@@ -20,6 +23,8 @@ def read_by(node: onnx.NodeProto) -> Iterator[str]:
     """Names that a node and the bodies in it read."""
     yield from node.input
     for attribute in node.attribute:
+        if attribute.type not in _HOLDS_GRAPHS:
+            continue
         for body in (*attribute.graphs, *([attribute.g] if attribute.HasField("g") else [])):
             for inner in body.node:
                 yield from read_by(inner)

@@ -20,6 +20,7 @@ import numpy.typing as npt
 from qdqtool.channel_statistics import ChannelStatistics
 from qdqtool.errors import StatisticsError
 from qdqtool.histogram import Bins, Histogram
+from qdqtool.spec import Range
 
 RECORD: Final = np.dtype([("sample", "S16"), ("position", np.int64), ("lo", np.float32), ("hi", np.float32)])
 """One sample's content hash, its position in the data, and its least and greatest finite value."""
@@ -53,6 +54,7 @@ class TensorStatistics:
         self.first_non_finite: tuple[int, bytes] | None = (
             None  # position and hash of the earliest sample with NaN or Inf
         )
+        self.chosen: dict[Any, Range] = {}  # by calibrator and spec, see calibrator_api.choose
         self._records = [np.empty(0, RECORD)]  # one array by position, and more behind it while values come
         self._fresh: list[tuple[Sequence[tuple[bytes, int]], Any, Any]] = []  # what is in no array yet
 
@@ -93,6 +95,7 @@ class TensorStatistics:
         if len(self._fresh) == _FRESH:
             self._pack()
         self.__dict__.pop("bins", None)
+        self.chosen.clear()
 
     def _count_blocks(
         self, flat: npt.NDArray[np.float32], samples: Sequence[tuple[bytes, int]]

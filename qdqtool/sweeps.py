@@ -18,7 +18,7 @@ import onnx
 from qdqtool.errors import DataError
 from qdqtool.report.units import count, size
 
-_BATCH_BYTES: Final = 64 << 20  # observed activations of the batches that run at once: more is not faster
+_BATCH_BYTES: Final = 32 << 20  # observed activations of the batches that run at once: more is not faster
 TRIAL: Final = 4
 """Samples held at once where it is tried whether samples may be joined: two joined and the same two apart."""
 _UNITS: Final = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "KI": 1 << 10, "MI": 1 << 20, "GI": 1 << 30}

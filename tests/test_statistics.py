@@ -14,12 +14,12 @@ from qdqtool.errors import StatisticsError
 from qdqtool.statistics import Statistics, TensorStatistics
 
 Array = npt.NDArray[np.float32]
-LEAST = 2.0**-133
+LEAST = 2.0**-136
 MAX = float(np.finfo(np.float32).max)
 anything = st.floats(width=32, allow_nan=True, allow_infinity=True)
 finite = st.one_of(
     st.floats(width=32, allow_nan=False, allow_infinity=False),
-    st.sampled_from([0.0, -0.0, 1e-45, -1e-45, 1e-40, LEAST, 1.0, -1.0, 1.0009765625, MAX, -MAX]),
+    st.sampled_from([0.0, -0.0, 1e-45, -1e-45, 1e-41, LEAST, 1.0, -1.0, 1.0009765625, MAX, -MAX]),
 )
 batches = hnp.arrays(np.float32, st.tuples(st.integers(1, 8), st.integers(1, 6)), elements=anything)
 

@@ -15,7 +15,6 @@ from qdqtool import model as models
 from qdqtool import pipeline, runtime
 from qdqtool.blockwise import quantize as codes_of
 from qdqtool.errors import DataError, GateError, RecipeError
-from qdqtool.passes import GemmToMatmul
 from qdqtool.passes_api import PassManager
 from qdqtool.pipeline import Result
 from tests.builders import Array, conv_chain, feeds, normal, parse, run, sqnr
@@ -362,8 +361,3 @@ def test_convolutions_are_named_with_the_way_to_have_them() -> None:
     assert {skip.node for skip in skipped} >= {"c0", "c1"}
     assert all("name Conv in op_types_to_quantize" in skip.reason for skip in skipped if skip.node in ("c0", "c1"))
 
-
-def test_the_pass_is_in_the_catalogue() -> None:
-    assert GemmToMatmul.name in {
-        step.name for step in pipeline.planning(pipeline.make_recipe({"precision": "w4a16"}, {}))
-    }

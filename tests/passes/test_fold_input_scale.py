@@ -88,6 +88,7 @@ def test_a_padded_convolution_takes_a_scale_without_shift(passes: Any) -> None:
     [
         ('Conv <auto_pad = "SAME_LOWER"> (x, w, b)', (6, 4, 3, 3)),
         ("ConvTranspose(x, w, b)", (4, 6, 3, 3)),
+        ("ConvTranspose <output_shape = [6, 6]> (x, w, b)", (4, 6, 1, 1)),
         ("ConvTranspose <strides = [2, 2]> (x, w, b)", (4, 6, 1, 1)),
         ("ConvTranspose <strides = [2, 2], output_padding = [1, 1]> (x, w, b)", (4, 6, 2, 2)),
     ],

@@ -205,6 +205,13 @@ def test_gamma_that_varies_along_other_axes_stays_behind(passes: Any) -> None:
     assert passes.reasons(state) == {"v": "its root does not divide what was squared"}
 
 
+def test_a_difference_the_other_way_round_is_no_normalization(passes: Any) -> None:
+    text = source(LAYER["gamma first"].replace("Sub(beta, uq)", "Sub(uq, beta)"))
+    proto, state = passes(text, *PASSES, weights=constants())
+    assert "Sqrt" in passes.ops(proto)
+    assert passes.reasons(state) == {"v": "its root does not divide what was squared"}
+
+
 def test_an_inner_graph_output_ends_it(passes: Any) -> None:
     proto, state = passes(source(LAYER["Mul, Div"], outputs="z n"), *PASSES, weights=constants())
     assert passes.ops(proto) == ["Sin", "LayerNormalization", "Mul", "Add", "Abs"]

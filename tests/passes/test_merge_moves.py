@@ -170,6 +170,20 @@ def test_tensors_without_elements_stay(passes: Any) -> None:
     assert list(passes.reasons(state)) == ["two"]
 
 
+def test_an_axis_is_no_rest_of_nothing(passes: Any) -> None:
+    body = "t = Reshape <allowzero = 1> (x, a) [two] y = Reshape <allowzero = 1> (t, b)"
+    text, feeds = source(body, shape="[N, 0]", opset=14), {"x0": np.ones((2, 0), np.float32)}
+    proto, _ = passes(text, *PASSES, weights=targets(a=[5, 0], b=[3, 0]), feeds=feeds)
+    assert passes.ops(proto).count("Reshape") == 2
+
+
+def test_an_axis_that_moved_is_not_copied(passes: Any) -> None:
+    text = source("t = Unsqueeze(x, first) [two] y = Unsqueeze(t, first)", shape="[N, T, 4]")
+    proto, state = passes(text, *PASSES, weights=targets(first=[0]))
+    assert passes.ops(proto).count("Unsqueeze") == 2
+    assert passes.reasons(state) == {"two": "more than one size of 'y' is not known"}
+
+
 def test_both_ends_are_known_outside(passes: Any) -> None:
     body = "t = Transpose(x) [two] y = Transpose(t)"
     proto, _ = passes(source(body, outputs="x y z"), *PASSES, tolerance=0)
