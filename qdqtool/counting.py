@@ -7,15 +7,17 @@ should lack it numpy's does the same, slower.
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any, Final
 
 import numpy as np
 import numpy.typing as npt
 
-try:
-    from scipy.sparse._sparsetools import csc_matvec
-except ImportError:  # pragma: no cover
-    csc_matvec = None
+_product: Any = None
+with contextlib.suppress(ImportError):
+    from scipy.sparse import _sparsetools
+
+    _product = getattr(_sparsetools, "csc_matvec", None)
 
 MOST: Final = np.iinfo(np.int32).max
 """Keys that may be counted before a counter could overflow."""
@@ -31,12 +33,7 @@ def count(counters: npt.NDArray[np.int32], keys: npt.NDArray[np.int32]) -> None:
     """
     for start in range(0, keys.size, _ONES.size):
         some = keys[start : start + _ONES.size]
-        if csc_matvec is None:
+        if _product is None:
             np.add.at(counters, some, np.int32(1))
         else:  # a matrix with one column, whose entries are all 1, times the vector [1]
-            _add(csc_matvec, counters, some)
-
-
-def _add(product: Any, counters: npt.NDArray[np.int32], keys: npt.NDArray[np.int32]) -> None:
-    column = np.array([0, keys.size], np.int32)
-    product(counters.size, 1, column, keys, _ONES, _ONES, counters)
+            _product(counters.size, 1, np.array([0, some.size], np.int32), some, _ONES, _ONES, counters)

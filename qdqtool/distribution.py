@@ -20,7 +20,7 @@ import numpy as np
 import numpy.typing as npt
 
 from qdqtool.errors import StatisticsError
-from qdqtool.spec import FloatArray, IntArray, QuantSpec, Range
+from qdqtool.spec import FloatArray, QuantSpec, Range
 
 if TYPE_CHECKING:
     from qdqtool.channel_statistics import ChannelStatistics

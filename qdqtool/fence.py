@@ -26,9 +26,7 @@ _PREFIX: Final = "qdqtool.fence."
 _FUSED_ALIKE: Final = frozenset({"Clip", "LeakyRelu", "Relu"})
 
 
-def fences(
-    proto: onnx.ModelProto, observed: Iterable[str], follows: Iterable[str] | None = None
-) -> frozenset[str]:
+def fences(proto: onnx.ModelProto, observed: Iterable[str], follows: Iterable[str] | None = None) -> frozenset[str]:
     """Names of the tensors that get a fence where these are observed: mostly the same ones whatever is observed.
 
     Args:

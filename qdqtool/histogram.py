@@ -28,6 +28,7 @@ _PAGE: Final = 1 << MANTISSA_BITS  # bins of one power of two
 _SIGN: Final = 1 << 18  # the first bin of negative values
 _LOOKED: Final = 16  # powers of two looked through at once
 _MAX: Final = np.finfo(np.float32).max
+_NEXT: Final = np.uint32(1)
 _FEW: Final = 1 << 12  # values that are sorted rather than tabled
 
 Keys = npt.NDArray[np.uint32]
@@ -164,7 +165,7 @@ class Histogram:
         """Count finite ``values`` (flat, contiguous), the extremes of which are ``least`` and ``greatest``."""
         bits = values.view(np.uint32)
         if self._table is None and sum(keys.size for keys in self._few) + bits.size <= _FEW:
-            self._few.append(bits >> _SHIFT)
+            self._few.append(np.right_shift(bits, _SHIFT, dtype=np.uint32))
             return
         if self._tabled + bits.size > counting.MOST:
             self._settle()
@@ -215,7 +216,7 @@ class Histogram:
     def mapped(self, function: Callable[[npt.NDArray[np.float32]], npt.NDArray[np.float32]]) -> Histogram:
         """The histogram with each bin's counts moved to the bin that ``function`` moves its edge next to 0 to."""
         keys, counts = self.arrays()
-        moved = function((keys << _SHIFT).view(np.float32)).view(np.uint32) >> _SHIFT
+        moved = np.right_shift(function((keys << _SHIFT).view(np.float32)).view(np.uint32), _SHIFT, dtype=np.uint32)
         return Histogram.from_arrays(self.zeros, moved, counts)
 
     @classmethod
@@ -235,8 +236,9 @@ class Histogram:
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Histogram):
             return NotImplemented
-        pairs = zip(self.arrays(), other.arrays(), strict=True)
-        return self.zeros == other.zeros and all(np.array_equal(mine, theirs) for mine, theirs in pairs)
+        (keys, counts), (other_keys, other_counts) = self.arrays(), other.arrays()
+        same = np.array_equal(keys, other_keys) and np.array_equal(counts, other_counts)
+        return same and self.zeros == other.zeros
 
     __hash__ = None  # type: ignore[assignment]  # a counter that changes is no key
 
@@ -244,11 +246,11 @@ class Histogram:
         """The occupied bins in ascending order."""
         keys, counts = self.arrays()
         split = int(np.searchsorted(keys, _SIGN))
-        above, below = keys[:split], keys[split:][::-1] & (_SIGN - 1)
+        above, below = keys[:split], keys[split:][::-1] & np.uint32(_SIGN - 1)
         zero = [self.zeros] if self.zeros else []
         return Bins(
-            np.concatenate([-_value_of(below + 1), np.zeros(len(zero)), _value_of(above)]),
-            np.concatenate([-_value_of(below), np.zeros(len(zero)), _value_of(above + 1)]),
+            np.concatenate([-_value_of(below + _NEXT), np.zeros(len(zero)), _value_of(above)]),
+            np.concatenate([-_value_of(below), np.zeros(len(zero)), _value_of(above + _NEXT)]),
             np.concatenate([counts[split:][::-1], np.array(zero, np.int64), counts[:split]]),
         )
 

@@ -42,7 +42,7 @@ def test_slots(body: str, x: str, y: str, inputs: set[int], outputs: set[int]) -
     ("body", "x", "y", "reason"),
     [
         ("y = Range(a, b, c)", "float a, float b, float c", "float[N] y", "Range of opset 17 takes no float16"),
-        ("y = MelWeightMatrix(a, b, c, d, d)", "int64 a, int64 b, int64 c, float d", "float[N, M] y", "an attribute or"),
+        ("y = MelWeightMatrix(a, b, c, d, d)", "int64 a, int64 b, int64 c, float d", "float[N, M] y", "an attribute"),
         ("y = RandomNormal <shape = [4]> ()", "float[1] x", "float[4] y", "an attribute or operand of RandomNormal"),
         ("y = QuantizeLinear(x, s)", "float[4] x, float s", "uint8[4] y", "it converts between integers and float32"),
         ("y = SequenceConstruct(x)", "float[4] x", "seq(float[4]) y", "SequenceConstruct is about sequences or opt"),

@@ -360,4 +360,3 @@ def test_convolutions_are_named_with_the_way_to_have_them() -> None:
     skipped = quantized(conv_chain(2)).report.skipped
     assert {skip.node for skip in skipped} >= {"c0", "c1"}
     assert all("name Conv in op_types_to_quantize" in skip.reason for skip in skipped if skip.node in ("c0", "c1"))
-
