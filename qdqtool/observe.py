@@ -38,6 +38,7 @@ Told = Callable[[str], None]
 HELD: Final = 64
 """Samples kept for the steps behind observation (bias correction, verification), chosen by content."""
 _FIRST_SAVE: Final = 2.0  # seconds until what was found is first saved
+_COUNTED: Final = 3  # threads of which one may count at a time
 _SAVING_SHARE: Final = 0.05  # of the time may go into saving
 
 
@@ -146,7 +147,8 @@ class _Observer:
         self._wanted = [name for name in job.tensors if name not in inputs]
         self._room = threading.BoundedSemaphore(job.at_once)
         self._locks = {name: threading.Lock() for name in job.tensors}
-        self._all = threading.Lock()
+        self._total = threading.Lock()
+        self._counting = threading.BoundedSemaphore(max(1, job.at_once // _COUNTED))
         self._clear()
 
     def _clear(self) -> None:
@@ -164,12 +166,15 @@ class _Observer:
         keys = batch.keys
         with self._room:
             outputs = self._outputs(batch.feeds) if self._wanted else []
-            with self._all:
+            # Fewer threads count than run the model: between its long loops counting wants the interpreter's lock, and
+            # threads that hand it to and fro spend more time on that than on counting.
+            with self._counting:
                 for name in self._fed:
                     self._count(name, batch.feeds[name], batch, keys)
                 for name in reversed(self._wanted):  # each is let go as soon as it is counted
                     self._count(name, outputs.pop(), batch, keys)
-                self._samples += len(batch.samples)
+                with self._total:
+                    self._samples += len(batch.samples)
 
     def _outputs(self, feeds: Feeds) -> list[Any]:
         """The tensors wanted: arrays, but where a library counts them on the device, what lies there."""
