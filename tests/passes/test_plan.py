@@ -96,8 +96,8 @@ TOKENS = ("float[N, 4, 16] x", "float[N, 4, 16] y")
         pytest.param(
             DOWNSAMPLE,
             *IMAGES,
-            ".a.0 .a.1 .a.2<.a.0,.a.1 .r .d.0 .d.1 .d.2<.d.0,.d.1 .d .b.1 .b.2<.r,.b.1 .b .y",
-            ".a.0 .a.1 .d.0 .d.1 .b.0 .b.1 .s.1",
+            ".a.0 .a.1 .a.2<.a.0,.a.1 .r .b.1 .b.2<.r,.b.1 .b .d.0 .d.1 .d.2<.d.0,.d.1 .d .y",
+            ".a.0 .a.1 .b.0 .b.1 .d.0 .d.1 .s.1",
             id="residual of two convolutions",
         ),
         pytest.param(
