@@ -8,11 +8,12 @@ SAMPLE := samples/01_quantize_a_model
 JOBS ?= auto
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format clean
+.PHONY: help demo test test-all lint format clean
 
 help:
 	@echo "make demo    quantize a sample model and compare it with the float one"
 	@echo "make test    lint, type check and run the whole test suite"
+	@echo "make test-all  the same with every case of the ONNX package's backend tests, not every tenth"
 	@echo "make lint    ruff and mypy alone"
 	@echo "make format  let ruff rewrite what it can"
 	@echo "make clean   remove the virtual environment and everything that was built"
@@ -24,6 +25,9 @@ demo: .venv/installed
 
 test: lint
 	$(BIN)/python -m pytest --quiet -n $(JOBS) --maxprocesses 8 --dist loadgroup
+
+test-all: lint
+	$(BIN)/python -m pytest --quiet -n $(JOBS) --maxprocesses 8 --dist loadgroup --backend=all
 
 lint: .venv/installed-dev
 	$(BIN)/ruff check .

@@ -25,7 +25,7 @@ class AddBias:
         """Return the number of layers that got a bias."""
         taken = graphs.tensor_names(state.graph)
         count = 0
-        for node in state.graph.nodes:
+        for node in graphs.all_nodes(state.graph):
             layer = LinearLayer.of(node)
             if layer is None or layer.bias_input is None or layer.bias is not None or layer.channels is None:
                 continue

@@ -20,9 +20,12 @@ from qdqtool.graph import Array
 from qdqtool.linear import bias_place
 from qdqtool.passes_api import Fact, State
 from qdqtool.plan import Key, Use, params_of
+from qdqtool.precision import width
 from qdqtool.spec import FloatArray, QuantizedWeight, QuantParams, QuantSpec, Range
 from qdqtool.statistics import TensorStatistics
+from qdqtool.weight_scale import least_squares
 
+_TERNARY = 2  # bits of which a range that covers all values uses three codes at best
 _BIAS_LIMIT = 2.0**30  # half of int32, so that products have room in the accumulator
 _TINY = float(np.finfo(np.float32).tiny)  # least S_x * S_w: a smaller one would be flushed to 0 by some kernels
 
@@ -52,11 +55,13 @@ class ChooseRanges:
                     cache[tensor, spec] = activation_params(calibrator, stats, spec)
                 params[key], errors = cache[tensor, spec]
                 state.compared |= {key: errors} if errors else {}
-        tensors = state.graph.tensors()
+        tensors = graphs.all_tensors(state.graph)
         for key, spec in state.plan.specs():
             if key in state.plan.constants:
                 values = cast(Array, graphs.constant(tensors[state.plan.tensors[key]]))
-                params[key] = quantize_weight(values, spec)
+                wanted = state.recipe.weight_calibrator
+                automatic = "mse" if width(spec) <= _TERNARY else "minmax"
+                params[key] = quantize_weight(values, spec, automatic if wanted == "auto" else wanted)
         state.params = params
         _make_room_for_biases(state, params)
         return len(params)
@@ -68,7 +73,7 @@ def _make_room_for_biases(state: State, params: dict[Key, QuantParams | Quantize
     A bias that the plan leaves in float counts too: the runtime makes int32 of it by itself.
     """
     assert state.plan is not None
-    outputs, nodes = graphs.output_ids(state.graph), {node.name: node for node in state.graph.nodes}
+    outputs, nodes = graphs.leaving_ids(state.graph), {node.name: node for node in graphs.all_nodes(state.graph)}
     for key in [key for key in params if isinstance(key, Use) and key.index == 1 and key in state.plan.constants]:
         node, place = nodes[key.node], bias_place(nodes[key.node], outputs)
         source = state.plan.activation_of(node.name, 0, node.inputs[0].name)
@@ -119,9 +124,9 @@ def activation_params(
             "name one that does: minmax, aciq_laplace, aciq_gauss or aciq"
         )
     method = f"{calibrator.name}: {chosen.winner}" if chosen.errors else calibrator.name
-    kept = chosen
+    kept = chosen if spec.headroom == 1.0 else Range(chosen.lo * spec.headroom, chosen.hi * spec.headroom)
     if spec.bound is not None:
-        kept = Range(np.maximum(chosen.lo, spec.bound[0]), np.minimum(chosen.hi, spec.bound[1]))
+        kept = Range(np.maximum(kept.lo, spec.bound[0]), np.minimum(kept.hi, spec.bound[1]))
     return affine.params_from_range(kept, spec, method), chosen.errors
 
 
@@ -129,8 +134,10 @@ def _fixed(ends: tuple[float, float]) -> Range:
     return Range(np.asarray(ends[0], np.float64), np.asarray(ends[1], np.float64))
 
 
-def quantize_weight(values: Array, spec: QuantSpec) -> QuantizedWeight:
-    """Codes of a constant whose range covers all its values, or is the user's."""
+def quantize_weight(values: Array, spec: QuantSpec, calibrator: str = "minmax") -> QuantizedWeight:
+    """Codes of a constant whose range covers all its values, or with "mse" makes the least error, or is the user's."""
     chosen = affine.tensor_range(values, spec) if spec.fixed is None else _fixed(spec.fixed)
     params = affine.params_from_range(chosen, spec, "minmax" if spec.fixed is None else "set by the user")
+    if calibrator == "mse" and spec.fixed is None:
+        params = least_squares(values, params)
     return QuantizedWeight(affine.quantize(values, params), params)

@@ -30,17 +30,17 @@ from qdqtool import graph as graphs
 from qdqtool import model as models
 from qdqtool import runtime
 from qdqtool.batching import Batch, Batching, Sample
+from qdqtool.bias_nodes import DEGREES, PREFIX, ROWS, BiasNodes
+from qdqtool.bodies import expose
 from qdqtool.fidelity import fidelity
 from qdqtool.fit import Feeds
 from qdqtool.insert import insert
 from qdqtool.linear import BiasPlace, bias_place, replace_constant
 from qdqtool.passes_api import Fact, State
 from qdqtool.plan import Use
+from qdqtool.scopes import held
 from qdqtool.spec import FloatArray
 
-_PREFIX: Final = "qdqtool.bias_correction."
-_ROWS: Final = f"{_PREFIX}rows"  # input: number of samples, int64 (1,)
-_DEGREES: Final = f"{_PREFIX}degrees"  # input: degrees of freedom of a mean, float32 (1,)
 _TINY: Final = 1e-30
 
 
@@ -68,18 +68,18 @@ class CorrectBias:
             return 0
         quantized = models.to_proto(insert(state.graph, state.plan, state.params), state.header)
         plain = models.to_proto(state.graph, state.header)
-        differences = _run(state, _measuring(plain, layers), _correcting(quantized, layers), list(layers))
+        differences = _run(state, _measuring(plain, layers), _correcting(quantized, layers), layers)
         if not differences:
             state.notes.append("biases were not corrected: every sample held NaN or infinite values")
             return 0
         taken = graphs.tensor_names(state.graph)
-        nodes = {node.name: node for node in state.graph.nodes}
+        nodes = {node.name: node for node in graphs.all_nodes(state.graph)}
         corrected, given = 0, []
         for name, place in layers.items():
             reader = nodes[place.node]
             bias = reader.inputs[place.index]
             given.append((reader, place.index, bias))
-            shift = shrunk(differences[name])
+            shift = shrunk(differences[name]) if differences[name].size else np.zeros(place.channels)
             corrected += bool(shift.any())
             new = (bias.values.astype(np.float64) + shift).astype(bias.dtype)
             replace_constant(reader, place.index, new, f"{name}.bias", taken)
@@ -91,10 +91,10 @@ class CorrectBias:
     def _layers(self, state: State) -> dict[str, BiasPlace]:
         """Layers whose weight is quantized and whose bias is a constant vector, by node name in graph order."""
         assert state.plan is not None
-        outputs = graphs.output_ids(state.graph)
+        outputs = graphs.leaving_ids(state.graph)
         weights = {key.node for key in state.plan.constants if isinstance(key, Use) and key.index == 1}
         found = {}
-        for node in state.graph.nodes:
+        for node in _run_once(state.graph):
             if node.name in weights and node.op in ("Conv", "ConvTranspose", "Gemm", "MatMul"):
                 place = bias_place(node, outputs)
                 if place is not None:
@@ -102,6 +102,15 @@ class CorrectBias:
                 else:
                     state.skip(self.name, node.name, "it has no constant bias to correct")
         return found
+
+
+def _run_once(graph: gs.Graph) -> Iterator[gs.Node]:
+    """Nodes of the graph and of branches in it: one in a loop has a mean for each iteration, and is left alone."""
+    for node in graph.nodes:
+        yield node
+        if node.op == "If":
+            for body in node.subgraphs():
+                yield from _run_once(body)
 
 
 def _helps(state: State, given: Sequence[tuple[gs.Node, int, gs.Tensor]]) -> bool:
@@ -140,53 +149,12 @@ def shrunk(differences: FloatArray) -> FloatArray:
     return shift
 
 
-class _Nodes:
-    """Nodes that compute small float tensors beside a layer, appended to a model behind the layer's own node."""
-
-    def __init__(self, proto: onnx.ModelProto, layer: str) -> None:
-        self.graph, self.opset, self.stem = proto.graph, models.opset(proto), f"{_PREFIX}{layer}"
-        self.nodes: list[onnx.NodeProto] = []
-
-    def op(self, op: str, *inputs: str, name: str | None = None, **attrs: Any) -> str:
-        name = name or f"{self.stem}.{len(self.nodes)}"
-        self.nodes.append(onnx.helper.make_node(op, inputs, [name], f"{self.stem}.{len(self.nodes)}", **attrs))
-        return name
-
-    def constant(self, values: object, dtype: type) -> str:
-        name = f"{self.stem}.constant{len(self.graph.initializer)}"
-        self.graph.initializer.append(onnx.numpy_helper.from_array(np.array(values, dtype), name))
-        return name
-
-    def mean(self, tensor: str, axis: int) -> str:
-        if self.opset >= 18:
-            return self.op("ReduceMean", tensor, self.constant([axis], np.int64), keepdims=0)
-        return self.op("ReduceMean", tensor, axes=[axis], keepdims=0)
-
-    def sample_means(self, tensor: str, place: BiasPlace) -> str:
-        """Mean over all but samples and channels, shape (samples, channels)."""
-        channels, rest = self.constant([place.channels], np.int64), self.constant([-1], np.int64)
-        order = [_ROWS, rest, channels] if place.axis == -1 else [_ROWS, channels, rest]
-        shape = self.op("Concat", *order, axis=0)
-        floats = self.op("Cast", tensor, to=onnx.TensorProto.FLOAT)
-        return self.mean(self.op("Reshape", floats, shape), 1 if place.axis == -1 else 2)
-
-    def shrunk(self, differences: str) -> str:
-        """:func:`shrunk` as nodes."""
-        mean = self.mean(differences, 0)
-        centred = self.op("Sub", differences, mean)
-        error = self.op("Div", self.mean(self.op("Mul", centred, centred), 0), _DEGREES)
-        squares = self.mean(self.op("Mul", mean, mean), 0)
-        between = self.op("Relu", self.op("Sub", squares, self.mean(error, 0)))
-        whole = self.op("Max", self.op("Add", between, error), self.constant(_TINY, np.float32))
-        return self.op("Mul", mean, self.op("Div", between, whole))
-
-
 def _measuring(proto: onnx.ModelProto, layers: Mapping[str, BiasPlace]) -> onnx.ModelProto:
     """The float model with the mean of every layer's output, (samples, channels), as its only outputs."""
     found: list[str] = []
 
     def measure(name: str, place: BiasPlace, node: onnx.NodeProto) -> list[onnx.NodeProto]:
-        build = _Nodes(proto, name)
+        build = BiasNodes(proto, name)
         found.append(build.sample_means(node.output[0], place))
         return build.nodes
 
@@ -201,7 +169,7 @@ def _correcting(proto: onnx.ModelProto, layers: Mapping[str, BiasPlace]) -> onnx
     found: list[str] = []
 
     def correct(name: str, place: BiasPlace, node: onnx.NodeProto) -> list[onnx.NodeProto]:
-        build, result = _Nodes(proto, name), node.output[0]
+        build, result = BiasNodes(proto, name), node.output[0]
         node.output[0] = f"{build.stem}.raw"  # whoever read the layer's output now reads the corrected one
         wanted = f"{build.stem}.wanted"
         shape = [None, place.channels]
@@ -227,59 +195,81 @@ def _extended(
 ) -> onnx.ModelProto:
     """The model with more nodes behind every layer, and ``outputs``, which ``extend`` fills, as its only outputs."""
     graph = proto.graph
-    graph.input.append(onnx.helper.make_tensor_value_info(_ROWS, onnx.TensorProto.INT64, [1]))
-    graph.input.append(onnx.helper.make_tensor_value_info(_DEGREES, onnx.TensorProto.FLOAT, [1]))
+    graph.input.append(onnx.helper.make_tensor_value_info(ROWS, onnx.TensorProto.INT64, [1]))
+    graph.input.append(onnx.helper.make_tensor_value_info(DEGREES, onnx.TensorProto.FLOAT, [1]))
     ends = {place.node: (name, place) for name, place in layers.items()}
-    nodes: list[onnx.NodeProto] = []
-    order = []
-    for node in graph.node:
-        nodes.append(node)
-        if node.name in ends:
-            order.append(ends[node.name][0])
-            nodes += extend(*ends[node.name], node)
-    copied = onnx.GraphProto(node=nodes)
-    del graph.node[:]
-    graph.node.extend(copied.node)
+    order: list[str] = []
+
+    def visit(inner: onnx.GraphProto) -> None:
+        nodes: list[onnx.NodeProto] = []
+        for node in inner.node:
+            for body in held(node):
+                visit(body)
+            nodes.append(node)
+            if node.name in ends:
+                order.append(ends[node.name][0])
+                nodes += extend(*ends[node.name], node)
+        copied = onnx.GraphProto(node=nodes)
+        del inner.node[:]
+        inner.node.extend(copied.node)
+
+    visit(graph)
     by_layer = dict(zip(order, outputs, strict=True))
+    expose(graph, dict.fromkeys(outputs, onnx.TensorProto.FLOAT))
     del graph.output[:]
     for name in layers:
         graph.output.append(onnx.helper.make_tensor_value_info(by_layer[name], onnx.TensorProto.FLOAT, None))
     return proto
 
 
-def _run(state: State, plain: onnx.ModelProto, quantized: onnx.ModelProto, layers: list[str]) -> dict[str, FloatArray]:
-    """Float minus quantized means of the finite held samples by layer, float64 (samples, channels); {} without any."""
+def _run(
+    state: State, plain: onnx.ModelProto, quantized: onnx.ModelProto, layers: Mapping[str, BiasPlace]
+) -> dict[str, FloatArray]:
+    """Float minus quantized means of the finite held samples by layer, float64 (samples, channels); {} without any.
+
+    A layer in a branch has those of the samples for which the branch ran.
+    """
     assert state.batching is not None
     config = {"session.disable_quant_qdq": "1"}  # weights become floats at load, activations keep their Q/DQ
+    channels = [place.channels for place in layers.values()]
     with ThreadPoolExecutor(1) as pool:  # loading the one and running the other each leave a core idle
         loading = pool.submit(runtime.session, quantized, provider=state.provider, config=config)
         measure = runtime.session(plain, provider=state.provider)
-        measured = _means(measure, state.batching, state.held)
+        measured = _means(measure, state.batching, state.held, channels)
         correct = loading.result()
     usable = [sample for batch, means in measured for sample in _finite(batch, means)]
     if len(usable) < len(state.held):  # NaN and Inf of one sample would spoil the shifts of all
-        measured = _means(measure, state.batching, usable)
+        measured = _means(measure, state.batching, usable, channels)
     parts: list[list[FloatArray]] = []
     for batch, means in measured:
-        wanted = {f"{_PREFIX}{name}.wanted": mean for name, mean in zip(layers, means, strict=True)}
+        wanted = {f"{PREFIX}{name}.wanted": mean for name, mean in zip(layers, means, strict=True)}
         outputs = runtime.run(correct, None, {**_fed(batch), **wanted})
-        parts.append([batch.real(output).astype(np.float64) for output in outputs])
+        real = [batch.real(output).astype(np.float64) for output in outputs]
+        parts.append([found.reshape(-1, width) for found, width in zip(real, channels, strict=True)])
     return {name: np.concatenate([part[i] for part in parts]) for i, name in enumerate(layers)} if parts else {}
 
 
 def _fed(batch: Batch) -> Feeds:
     degrees = np.array([max(batch.rows - 1, 1)], np.float32)
-    return {**batch.feeds, _ROWS: np.array([batch.rows], np.int64), _DEGREES: degrees}
+    return {**batch.feeds, ROWS: np.array([batch.rows], np.int64), DEGREES: degrees}
 
 
-def _means(measure: Any, batching: Batching, samples: Sequence[Sample]) -> list[tuple[Batch, list[graphs.Array]]]:
-    """The float model's means of every layer, (rows, channels) each, batch by batch."""
-    batches = batching.together(len(samples)).batches(samples)
-    return [(batch, runtime.run(measure, None, _fed(batch))) for batch in batches]
+def _means(
+    measure: Any, batching: Batching, samples: Sequence[Sample], channels: Sequence[int]
+) -> list[tuple[Batch, list[graphs.Array]]]:
+    """Float means of every layer batch by batch: (rows, channels) each, (0, channels) where it did not run."""
+    found = []
+    for batch in batching.together(len(samples)).batches(samples):
+        outputs = runtime.run(measure, None, _fed(batch))
+        found.append((batch, [mean.reshape(-1, width) for mean, width in zip(outputs, channels, strict=True)]))
+    return found
 
 
 def _finite(batch: Batch, means: Sequence[graphs.Array]) -> Iterator[Sample]:
     """The samples of a batch for which every mean is finite."""
-    fine = np.all([np.isfinite(batch.real(mean)).all(axis=1) for mean in means], axis=0)
-    each = fine.reshape(len(batch.samples), -1).all(axis=1)  # a whole feed may have several rows
+    finite = [np.isfinite(batch.real(mean)).all(axis=1) for mean in means if mean.size]
+    if not finite:
+        return iter(batch.samples)
+    # A whole feed may have several rows.
+    each = np.all(finite, axis=0).reshape(len(batch.samples), -1).all(axis=1)
     return (sample for sample, good in zip(batch.samples, each, strict=True) if good)

@@ -43,10 +43,12 @@ class GemmToMatmul:
     drops: ClassVar[frozenset[Fact]] = (GRAPH_FACTS - {Fact.SHAPES}) | {Fact.QDQ}
 
     def run(self, state: State) -> int:
-        """Rewrite the top graph; returns at how many places."""
+        """Rewrite the graph and its control-flow bodies; returns at how many places."""
         taken = graphs.tensor_names(state.graph) | graphs.node_names(state.graph)
         selection = Selection(state)
-        layers = [layer for node in state.graph.nodes if (layer := _by_constant(node)) and not selection.left_out(node)]
+        homes = {node.name: inner for _, inner in graphs.all_graphs(state.graph) for node in inner.nodes}
+        nodes = (node for node in graphs.all_nodes(state.graph) if not selection.left_out(node))
+        layers = [layer for node in nodes if (layer := _by_constant(node))]
         # A bias of zeros is there for bias correction to write to, which needs data.
         zeros = state.data is None or not state.recipe.bias_correction
         turned: dict[int, tuple[gs.Constant, gs.Constant]] = {}
@@ -60,13 +62,14 @@ class GemmToMatmul:
                 continue
             if layer.node.attrs.get("transB", 0):
                 _transpose(layer, turned, taken)
-            _turn(layer, state, taken, drop_zeros=zeros)
+            _turn(layer, homes[layer.node.name], state, taken, drop_zeros=zeros)
             count += 1
         for old, new in turned.values():
             if not old.outputs:  # it is gone: whoever names the weight means the transposed one
                 new.name = old.name
-        outputs = graphs.output_ids(state.graph)
-        count += sum(_shield(layer, state, outputs, taken) for layer in layers if layer.node.op == "MatMul")
+        outputs = graphs.leaving_ids(state.graph)
+        products = [layer for layer in layers if layer.node.op == "MatMul"]
+        count += sum(_shield(layer, homes[layer.node.name], state, outputs, taken) for layer in products)
         if count:
             graphs.sweep(state.graph)
         return count
@@ -111,7 +114,7 @@ def transposed(values: Array) -> Array:
     return result
 
 
-def _turn(layer: LinearLayer, state: State, taken: set[str], *, drop_zeros: bool) -> None:
+def _turn(layer: LinearLayer, graph: gs.Graph, state: State, taken: set[str], *, drop_zeros: bool) -> None:
     """Make a MatMul of the Gemm, and an Add of its bias where there is one."""
     node, bias, result = layer.node, layer.bias, layer.node.outputs[0]
     values = graphs.constant(bias)
@@ -124,13 +127,13 @@ def _turn(layer: LinearLayer, state: State, taken: set[str], *, drop_zeros: bool
         name = graphs.fresh_name(f"{result.name}_product", taken)
         node.outputs = [gs.Variable(name, dtype=result.dtype, shape=result.shape)]
         name = graphs.fresh_name(f"{node.name}.bias", taken)
-        _append(state, node, gs.Node("Add", name, inputs=[node.outputs[0], bias], outputs=[result]))
+        _append(graph, state, node, gs.Node("Add", name, inputs=[node.outputs[0], bias], outputs=[result]))
 
 
-def _shield(layer: LinearLayer, state: State, outputs: set[int], taken: set[str]) -> bool:
+def _shield(layer: LinearLayer, graph: gs.Graph, state: State, outputs: set[int], taken: set[str]) -> bool:
     """Put zeros, added or subtracted, before what would keep the runtime from fusing a product, where there is such.
 
-    ``outputs`` comes from :func:`qdqtool.graph.output_ids`.
+    ``outputs`` comes from :func:`qdqtool.graph.leaving_ids`.
     """
     node, tensor = layer.node, layer.node.outputs[0]
     reader = graphs.single_use(tensor, outputs)
@@ -147,13 +150,13 @@ def _shield(layer: LinearLayer, state: State, outputs: set[int], taken: set[str]
     graphs.set_input(reader, next(i for i, read in enumerate(reader.inputs) if read is tensor), result)
     # An Add becomes part of the product, a Sub does not.
     op, name = "Add" if becomes_gemm else "Sub", graphs.fresh_name(f"{node.name}.shield", taken)
-    _append(state, node, gs.Node(op, name, inputs=[tensor, zeros], outputs=[result]))
+    _append(graph, state, node, gs.Node(op, name, inputs=[tensor, zeros], outputs=[result]))
     return True
 
 
-def _append(state: State, origin: gs.Node, added: gs.Node) -> None:
-    """Add a node that does part of the work of ``origin``, and answers to the same names."""
-    state.graph.nodes.append(added)
+def _append(graph: gs.Graph, state: State, origin: gs.Node, added: gs.Node) -> None:
+    """Add a node that does part of the work of ``origin`` in ``graph``, and answers to the same names."""
+    graph.nodes.append(added)
     state.origins[added.name] = state.origins.get(origin.name, (origin.name,))
 
 

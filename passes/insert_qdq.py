@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
+from qdqtool import graph as graphs
 from qdqtool.insert import insert
 from qdqtool.light import release_float
 from qdqtool.passes_api import Fact, State
@@ -24,7 +25,7 @@ class InsertQdq:
         assert state.plan is not None
         assert state.params is not None
         state.quantized = insert(state.graph, state.plan, state.params)
-        added = len(state.quantized.nodes) - len(state.graph.nodes)
+        added = len(graphs.node_names(state.quantized)) - len(graphs.node_names(state.graph))
         if state.data is None:
             release_float(state)
         return added

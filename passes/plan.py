@@ -9,22 +9,21 @@ producer gives them, its weight and bias, its output.
 from __future__ import annotations
 
 import enum
-import math
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import ClassVar
 
 import numpy as np
 import onnx_graphsurgeon as gs
 
+from qdqtool import bodies, low_bits, spectrum
 from qdqtool import graph as graphs
-from qdqtool.channels import channel_axis
-from qdqtool.linear import LinearLayer, bias_place
-from qdqtool.obstacles import obstacle
+from qdqtool.entries import Entries, activation_bound
+from qdqtool.linear import LinearLayer, bias_place, weight_inputs
+from qdqtool.obstacles import is_dequantized, is_quantized_behind, obstacle
 from qdqtool.passes_api import Fact, State
-from qdqtool.plan import DerivedFrom, Entry, Key, Output, Plan, SharedWith, Use
+from qdqtool.plan import DerivedFrom, Output, Plan, SharedWith, Use
 from qdqtool.selection import Selection
-from qdqtool.spec import FORMATS, PER_TENSOR, QuantSpec, per_channel
 from qdqtool.target import Emit, OpRule
 
 
@@ -63,32 +62,36 @@ class _Unit:
 
 class _Planner:
     def __init__(self, state: State) -> None:
-        self.state, self.target, self.recipe = state, state.target, state.recipe
+        self.state, self.recipe = state, state.recipe
+        channels = self.recipe.activation_per_channel
+        self.target = low_bits.placed(state.target, self.recipe.bits, channels=channels)
         self.graph = state.graph
-        self.outputs = graphs.output_ids(state.graph)
+        self.outputs = graphs.leaving_ids(state.graph)
+        self.hidden = bodies.hidden(state.graph)
         self.selection = Selection(state)
+        self.spectra = spectrum.layers(state.graph)
         self.kinds: dict[int, _Kind] = {}
         self.wanted: set[int] = set()
         self.fused: set[int] = set()
-        self.entries: dict[Key, Entry] = {}
-        self.tensors: dict[Key, str] = {}
-        self.constants: set[Key] = set()
+        self.entries = Entries(state, self.selection, self.target)
         self.kernels: dict[str, str] = {}
         self.weight_only: set[str] = set()
 
     def plan(self) -> Plan:
-        units = [unit for node in self.graph.nodes for unit in self._unit(node)]
+        units = [unit for node in graphs.all_nodes(self.graph) for unit in self._unit(node)]
         for unit in reversed(units):
             self._want(unit)
         for unit in units:
             self._emit(unit)
         if self.target.share_concat:
             for unit in units:
-                self._share_concat(unit)
+                if unit.node.op == "Concat":
+                    self.entries.share(unit.node, self.outputs)
         if self.target.residual:
-            for node in self.graph.nodes:
+            for node in graphs.all_nodes(self.graph):
                 self._residual(node)
-        plan = Plan(self.entries, self.tensors, frozenset(self.constants), self.kernels, frozenset(self.weight_only))
+        found = self.entries
+        plan = Plan(found.of, found.tensors, frozenset(found.constants), self.kernels, frozenset(self.weight_only))
         self.selection.check_tensors(plan)
         return plan
 
@@ -134,15 +137,28 @@ class _Planner:
             return None  # shapes, indices and masks: nothing to quantize
         if node.op == "Add" and self.target.residual:
             return None  # _residual looks at it
+        if any(isinstance(value, gs.Graph) for value in node.attrs.values()):
+            return None  # what is quantized are the nodes inside
         rule = self.target.by_op.get(node.op) if node.domain in (None, "", "ai.onnx") else None
         if rule is None:
             self._skip(node, f"{node.op} has no integer kernel on target {self.target.name}")
             return None
-        reason = self.selection.left_out(node) or obstacle(node, rule, self.target, self.graph.opset)
+        reason = self.selection.left_out(node) or self.hidden.get(id(node)) or self._unnamed(node, rule)
+        reason = reason or obstacle(node, rule, self.target, self.graph.opset)
+        if reason is None and not self.selection.asked_for(node):
+            reason = self.spectra.get(id(node))
         if reason is not None:
             self._skip(node, reason)
             return None
         return rule
+
+    def _unnamed(self, node: gs.Node, rule: OpRule) -> str | None:
+        if not rule.named or node.op in (self.recipe.op_types_to_quantize or ()):
+            return None
+        return (
+            f"{node.op} has no integer kernel on target {self.target.name}, and its weights would be dequantized at "
+            f"every run; name {node.op} in op_types_to_quantize to have the smaller file all the same"
+        )
 
     def _activations(self, node: gs.Node, rule: OpRule) -> tuple[int, ...]:
         indices = range(len(node.inputs)) if rule.activations is None else rule.activations
@@ -156,7 +172,7 @@ class _Planner:
 
     def _set_kinds(self, unit: _Unit, kind: _Kind) -> None:
         for tensor in unit.outputs:
-            self.kinds[id(tensor)] = kind
+            self.kinds[id(tensor)] = _Kind.FLOAT if is_quantized_behind(tensor) else kind
 
     def _fuse(self, unit: _Unit) -> None:
         """Take the Add of a MatMul's bias and one activation function into the unit."""
@@ -168,7 +184,7 @@ class _Planner:
                 unit.bias = Use(place.node, place.index)
                 reader = self._take(unit, reader)
         if reader is not None and reader.op in self.target.absorbed and reader.inputs[0] is unit.outputs[0]:
-            bound = _activation_bound(reader)
+            bound = activation_bound(reader)
             if bound is not None and self.selection.left_out(reader) is None:
                 unit.bound = bound
                 self._take(unit, reader)
@@ -201,8 +217,8 @@ class _Planner:
                 if rule.kernel:
                     self.kernels[node.name] = node.op
                 for tensor in unit.outputs:
-                    if graphs.is_float(tensor):
-                        self._add(Output(tensor.name), SharedWith(Output(node.inputs[0].name)), tensor)
+                    if graphs.is_float(tensor) and not is_quantized_behind(tensor):
+                        self.entries.add(Output(tensor.name), SharedWith(Output(node.inputs[0].name)), tensor)
             return
         for index in unit.activations:
             self._emit_activation(node, index)
@@ -215,94 +231,55 @@ class _Planner:
                 f"{node.op} has no integer kernel on target {self.target.name}: its weight alone is stored in integers",
             )
             return
-        if any(self._has_channel_scales(node, index) for index in unit.activations):
-            self._skip(node, "an input has a scale for each channel, which no integer kernel takes: it runs in float")
+        reason = self.entries.without_kernel(node, rule, unit.activations)
+        if reason is not None:
+            self._skip(node, f"{reason}, which no integer kernel takes: it runs in float")
         else:
             self.kernels[node.name] = node.op
         if all(self._in_integers(t) for t in unit.outputs):
             for tensor in unit.outputs:
-                self._add(Output(tensor.name), self._activation_spec(tensor, unit.bound), tensor)
+                self.entries.add(Output(tensor.name), self.entries.activation(tensor, unit.bound), tensor)
 
     def _emit_activation(self, node: gs.Node, index: int) -> None:
         tensor, key = node.inputs[index], Use(node.name, index)
         override = self.selection.node_override(node)
-        if not graphs.is_constant(tensor) and override is None and self._in_integers(tensor):
+        if is_dequantized(tensor):
+            return  # the model itself has it in integers
+        bits = self.entries.bits(node).activations
+        own = override is not None or bits != self.recipe.bits.activations
+        if not graphs.is_constant(tensor) and not own and self._in_integers(tensor):
             return  # quantized where it is produced
-        spec = self._activation_spec(tensor, None)
-        self._add(key, spec if override is None else override.on(spec), tensor)
-
-    def _activation_spec(self, tensor: gs.Tensor, bound: tuple[float, float] | None) -> QuantSpec:
-        symmetric = self.target.activation_symmetric
-        spec = QuantSpec(FORMATS[self.target.activation], symmetric, narrow=symmetric, bound=bound)
-        if self.selection.per_channel(tensor):
-            spec = replace(spec, granularity=per_channel(channel_axis(tensor)))
-        return self.selection.on_tensor(tensor, spec)
-
-    def _has_channel_scales(self, node: gs.Node, index: int) -> bool:
-        """Whether a node reads an activation that has a scale for each channel."""
-        use = Use(node.name, index)
-        key = use if use in self.entries else Output(node.inputs[index].name)
-        if key not in self.entries:
-            return False
-        entry = self.entries[Plan(self.entries).resolve(key)]
-        return isinstance(entry, QuantSpec) and key not in self.constants and entry.granularity.axis is not None
+        spec = self.entries.activation(tensor, None, bits)
+        self.entries.add(key, spec if override is None else override.on(spec), tensor)
 
     def _emit_weight(self, unit: _Unit) -> None:
         node = unit.node
         layer = LinearLayer.of(node)
-        wanted = self.selection.granularity(node, node.inputs[1])
-        per_tensor = wanted == "per_tensor" or (wanted is None and not self.recipe.per_channel)
-        axis = None if layer is None or per_tensor else layer.weight_axis
-        bits = 7 if self.recipe.reduce_range else None
-        granularity = PER_TENSOR if axis is None else per_channel(axis)
-        spec = QuantSpec(self.recipe.weight_format, symmetric=True, granularity=granularity, narrow=True, bits=bits)
-        weight = Use(node.name, 1)
-        self._add(weight, self.selection.on_tensor(node.inputs[1], spec), node.inputs[1])
+        for index in weight_inputs(node):
+            weight = node.inputs[index]
+            self.entries.add(Use(node.name, index), self.entries.weight(node, weight), weight)
         if unit.bias is None and layer is not None and layer.bias is not None and layer.bias_input is not None:
             unit.bias = Use(node.name, layer.bias_input)
         if unit.bias is not None and self.target.bias_int32 and not unit.rule.weight_only:
-            self._emit_bias(unit, weight)
+            self._emit_bias(unit, Use(node.name, 1))
 
     def _emit_bias(self, unit: _Unit, weight: Use) -> None:
         assert unit.bias is not None
         reader = unit.node if unit.bias.node == unit.node.name else unit.node.outputs[0].outputs[0]
         bias, source = reader.inputs[unit.bias.index], unit.node.inputs[0]
         use = Use(unit.node.name, 0)
-        activation = use if use in self.entries else Output(source.name)
-        if self._has_channel_scales(unit.node, 0):
+        activation = use if use in self.entries.of else Output(source.name)
+        if is_dequantized(source):
+            return  # its scale is the model's own, and no parameter here: the runtime rounds the bias as it loads
+        if self.entries.have_channel_scales(unit.node, 0):
             return  # its sums have no scale of their own: the bias stays float
-        self._add(unit.bias, DerivedFrom(activation, weight), bias)
-
-    def _add(self, key: Key, entry: Entry, tensor: gs.Tensor) -> None:
-        self.entries[key] = entry
-        self.tensors[key] = tensor.name
-        if graphs.is_constant(tensor):
-            self.constants.add(key)
-
-    def _share_concat(self, unit: _Unit) -> None:
-        """Let a Concat's inputs that nothing else reads take over its range, unless activation functions forbid it."""
-        if unit.node.op != "Concat" or Output(unit.outputs[0].name) not in self.entries:
-            return
-        root = Output(unit.outputs[0].name)
-        keys = [Output(t.name) for t in unit.node.inputs]
-        specs = [self.entries.get(key) for key in keys]
-        single = [graphs.single_use(t, self.outputs) is not None for t in unit.node.inputs]
-        bounds = {spec.bound if isinstance(spec, QuantSpec) else None for spec in specs}
-        if len(bounds) != 1 or not all(single) or not all(isinstance(spec, QuantSpec) for spec in specs):
-            return
-        if any(self.selection.overrides(t) for t in unit.node.inputs):
-            return
-        entry = self.entries[root]
-        if isinstance(entry, QuantSpec) and entry.bound is None:
-            self.entries[root] = replace(entry, bound=bounds.pop())
-        for key in keys:
-            self.entries[key] = SharedWith(root)
+        self.entries.add(unit.bias, DerivedFrom(activation, weight), bias)
 
     def _residual(self, node: gs.Node) -> None:
         """At an Add behind a convolution quantize the other branch only, so that Conv, Add and Relu fuse."""
         if node.op != "Add" or not graphs.is_float(node.outputs[0]):
             return
-        reason = self.selection.left_out(node)
+        reason = self.selection.left_out(node) or self.hidden.get(id(node))
         if node.inputs[0].dtype != np.float32 or any(graphs.is_constant(t) for t in node.inputs):
             reason = (
                 f"this Add is no residual connection, and target {self.target.name} has no integer kernel for others"
@@ -323,19 +300,8 @@ class _Planner:
             self._skip(node, "no convolution feeds it, so there is nothing to fuse it with")
             return
         other = 1 - convs[0]
-        self._add(Use(node.name, other), self._activation_spec(node.inputs[other], None), node.inputs[other])
+        if not is_dequantized(node.inputs[other]):
+            self.entries.add(
+                Use(node.name, other), self.entries.activation(node.inputs[other], None), node.inputs[other]
+            )
         self.kernels[node.name] = node.op
-
-
-def _activation_bound(node: gs.Node) -> tuple[float, float] | None:
-    """The interval into which a Relu or Clip maps; None where it is not known, or does not hold 0."""
-    if node.op == "Relu":
-        return (0.0, math.inf)
-    limits = []
-    for index, (name, default) in enumerate((("min", -math.inf), ("max", math.inf)), start=1):
-        tensor = graphs.input_at(node, index)
-        value = graphs.constant(tensor)
-        if tensor is not None and (value is None or value.size != 1):
-            return None
-        limits.append(float(value.item()) if value is not None else float(node.attrs.get(name, default)))
-    return (limits[0], limits[1]) if limits[0] <= 0 < limits[1] else None

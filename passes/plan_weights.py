@@ -58,6 +58,7 @@ class _Planner:
     def __init__(self, state: State) -> None:
         self.state, self.recipe, self.target = state, state.recipe, state.target
         self.selection = Selection(state)
+        self.paths = {node.name: path for path, inner in graphs.all_graphs(state.graph) for node in inner.nodes}
         self.entries: dict[Key, Entry] = {}
         self.tensors: dict[Key, str] = {}
         self.kernels: dict[str, str] = {}
@@ -70,7 +71,7 @@ class _Planner:
             **dict.fromkeys(("Conv", "ConvTranspose"), self._convolution),
             **dict.fromkeys(("LSTM", "GRU", "RNN", "Einsum"), self._no_kernel),
         }
-        for node in self.state.graph.nodes:
+        for node in graphs.all_nodes(self.state.graph):
             if node.op not in makers or node.domain not in (None, "", "ai.onnx"):
                 continue
             found = self.selection.left_out(node) or makers[node.op](node)
@@ -78,7 +79,7 @@ class _Planner:
                 self.state.skip(PlanWeights.name, node.name, found)
                 continue
             index = 0 if node.op == "Gather" else 1
-            key = Use(node.name, index)
+            key = Use(node.name, index, self.paths[node.name])
             self.entries[key], self.tensors[key] = found, node.inputs[index].name
             if node.op == "MatMul":
                 self.kernels[node.name] = node.op
@@ -93,7 +94,7 @@ class _Planner:
 
         The runtime fuses codes and scales that one node alone reads.
         """
-        tensors, bits = self.state.graph.tensors(), defaultdict[str, float](float)
+        tensors, bits = graphs.all_tensors(self.state.graph), defaultdict[str, float](float)
         products = [key for key in self.entries if isinstance(key, Use) and key.node in self.kernels]
         for key in products:
             spec = cast(QuantSpec, self.entries[key])

@@ -28,11 +28,11 @@ class PointwiseToGemm:
     drops: ClassVar[frozenset[Fact]] = frozenset({Fact.PLAN, Fact.STATISTICS, Fact.PARAMS, Fact.QDQ})
 
     def run(self, state: State) -> int:
-        """Rewrite the top graph; returns the number of convolutions turned."""
-        outputs = graphs.output_ids(state.graph)
+        """Rewrite the graph and its control-flow bodies; returns the number of convolutions turned."""
+        outputs = graphs.leaving_ids(state.graph)
         taken = graphs.tensor_names(state.graph)
         count = 0
-        for conv in list(state.graph.nodes):
+        for conv in list(graphs.all_nodes(state.graph)):
             flatten = _flattened(conv, outputs)
             if flatten is None:
                 continue

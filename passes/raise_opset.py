@@ -79,6 +79,8 @@ def _refuse(node: onnx.NodeProto, graph: onnx.GraphProto, start: int) -> None:
         reason = "its spatial = 0 has no successor"
     if node.op_type == "Dropout" and start < 10 and any(_is_read(name, graph) for name in node.output[1:] if name):
         reason = "its mask is read, and changes its type"
+    if node.op_type == "Scan" and start < 9:
+        reason = "its batch axis has no successor"
     if reason:
         raise ModelError(f"{node.op_type} {node.name!r} of opset {start} cannot be raised: {reason}. {_REMEDY}")
 

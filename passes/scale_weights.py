@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
+from qdqtool import graph as graphs
 from qdqtool.blockwise import weight_params
 from qdqtool.lazy import peek
 from qdqtool.passes_api import Fact, State
@@ -24,7 +25,7 @@ class ScaleWeights:
     def run(self, state: State) -> int:
         """Set ``state.params``; returns the number of weights. One with NaN or Inf leaves the plan, and stays float."""
         assert state.plan is not None
-        tensors = state.graph.tensors()
+        tensors = graphs.all_tensors(state.graph)
         made: dict[tuple[str, QuantSpec], QuantParams | None] = {}
         params: dict[Key, QuantParams] = {}
         bad: set[Key] = set()

@@ -11,9 +11,10 @@ import onnx
 
 from qdqtool import model as models
 from qdqtool import partition, placement, runtime
-from qdqtool.comparison import VERIFIED, Comparison, Sqnr
+from qdqtool.comparison import VERIFIED, Comparison, decibels, wide_sessions
 from qdqtool.errors import GateError, ModelError, RuntimeUnavailableError
 from qdqtool.passes_api import Fact, State
+from qdqtool.sqnr import Sqnr
 
 
 @dataclass(frozen=True)
@@ -48,9 +49,10 @@ class Verify:
             runtime.session(state.original, provider=state.provider),
             fused,
             runtime.session(proto, provider=state.provider, optimize=False),
+            *wide_sessions(proto, state.provider),
         )
-        names = [output.name for output in sessions[0].get_outputs()]
-        sums = [{name: Sqnr() for name in names} for _ in range(2)]
+        names = runtime.comparable(sessions[0])
+        sums = [{name: Sqnr() for name in names} for _ in sessions[1:]]
         samples = state.held[:VERIFIED]
         for batch in state.batching.batches(samples):
             want, *others = ([batch.real(v) for v in runtime.run(active, names, batch.feeds)] for active in sessions)
@@ -63,8 +65,9 @@ class Verify:
                             f"report this model"
                         )
                     total[name].add(want[index], got[index])
-        fused_db, emulated_db = ({name: s.db for name, s in total.items()} for total in sums)
-        state.verified = Comparison(len(samples), fused_db, emulated_db, provider=state.provider)
+        fused_db, emulated_db, wide_db = decibels(sums[0]), decibels(sums[1]), decibels(*sums[2:])
+        state.verified = Comparison(len(samples), fused_db, emulated_db, provider=state.provider, wide=wide_db)
+        state.notes += filter(None, [state.verified.warning])
         self._gate(state)
         return len(samples)
 

@@ -75,6 +75,11 @@ def _expand(values: npt.NDArray[np.generic], params: QuantParams, shape: tuple[i
     return expanded.take(np.arange(shape[axis]), axis)
 
 
+def expanded(params: QuantParams, shape: tuple[int, ...]) -> tuple[npt.NDArray[np.generic], npt.NDArray[np.generic]]:
+    """Scale and zero point in shapes that broadcast against a tensor of ``shape``."""
+    return _expand(params.scale, params, shape), _expand(params.zero_point, params, shape)
+
+
 def quantize(x: npt.NDArray[np.floating], params: QuantParams) -> npt.NDArray[np.integer]:
     """Codes of ``x`` in the container type of the format (int8 for 2 and 4 bits), same shape."""
     spec = params.spec

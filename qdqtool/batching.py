@@ -111,6 +111,10 @@ class Batching:
             return self
         return Batching(rows=self.rows, size=_size(bytes_each, _BATCH_BYTES), bytes_each=max(bytes_each, 1))
 
+    def alone(self) -> Batching:
+        """The same cut with one sample at a time, unless the model prescribes how many."""
+        return self if self.fixed else replace(self, size=1, bytes_each=0)
+
     def small(self) -> Batching:
         """Batching for a step that holds every activation of two models at once."""
         return self if self.fixed else replace(self, size=min(self.size, _FEW))

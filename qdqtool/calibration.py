@@ -186,7 +186,7 @@ def _differing(model: ModelKey, wanted: ModelKey) -> str | None:
     """What a model is beside the one wanted, in words; None where it is the same."""
     if model.graph != wanted.graph:
         return "another graph (or its preparation has changed since)"
-    return None if model.weights == wanted.weights else "the same graph with other weights"
+    return None if model.weights == wanted.weights else "the same graph with other weights, or equalized otherwise"
 
 
 def _some(names: Sequence[str], most: int = 3) -> str:

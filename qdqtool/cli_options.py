@@ -173,7 +173,9 @@ def warn_of_synthetic_data() -> None:
 RECIPE_OPTIONS: Final = options(
     _choice("--recipe", "recipe_file", metavar="FILE", help="TOML, YAML or JSON; options given here override it."),
     _choice("--target", metavar="NAME", help="What it is for: cpu, cuda, tensorrt or a .toml file. [default: cuda]"),
-    _choice("--precision", metavar="NAME", help="w8a8, w8a16, w4a16, w2a16 (weights alone), fp16. [default: w8a8]"),
+    _choice("--precision", metavar="NAME", help="As w4a8, w4a16 (weights alone) or fp16. [default: w8a8]"),
+    _choice("--storage", metavar="NAME", help="Codes of few bits: packed (small), int8 (kernels). [default: packed]"),
+    _choice("--first-last-8bit/--no-first-last-8bit", default=None, help="First and last layer. [default: with w4a4]"),
     _choice("--block-size", type=int, metavar="N", help="Weights alone: elements that share a scale. [default: 32]"),
     _choice(
         "--symmetric-weights/--asymmetric-weights",
@@ -187,8 +189,15 @@ RECIPE_OPTIONS: Final = options(
     ),
     _choice("--calibrator", metavar="NAME", help="Who chooses the ranges of activations. [default: mse]"),
     _choice("--set", "settings", type=Assignment(), multiple=True, help="An option of the calibrator (repeatable)."),
-    _choice("--weight-calibrator", metavar="NAME", help="Who chooses the ranges of weights. [default: minmax]"),
+    _choice("--weight-calibrator", metavar="NAME", help="Scales of weights: minmax or mse. [default: auto]"),
+    _choice("--weight-rounding", metavar="NAME", help="nearest, stochastic or gptq. [default: auto]"),
+    _choice("--weight-correction/--no-weight-correction", default=None, help="Weights of few bits keep their norm."),
     _choice("--per-channel/--per-tensor", default=None, help="Weights get a scale a channel (default), or one."),
+    _choice("--activation-per-channel/--activation-per-tensor", default=None, help="Activations: no kernels then."),
+    _choice(
+        "--equalization/--no-equalization", default=None, help="Balance layers in a row. [default: with --per-tensor]"
+    ),
+    _choice("--smoothing", metavar="NAME", help="Balance activations: off, free, inputs, all. [default: inputs]"),
     _choice("--bias-correction/--no-bias-correction", default=None, help="Keep every layer's mean. [default: on]"),
     _choice("--reduce-range/--no-reduce-range", default=None, help="7-bit weights, for x86 without VNNI."),
     _choice("--samples", type=click.IntRange(min=1), metavar="N", help="Calibrate on N samples. [default: all]"),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Final
 
@@ -12,48 +12,21 @@ import numpy as np
 import numpy.typing as npt
 import onnx
 
-from qdqtool import batching, observe, runtime
+from qdqtool import batching, observe, runtime, tensor_error
 from qdqtool import model as models
-from qdqtool.batching import Batch, Sample
+from qdqtool.batching import Sample
 from qdqtool.data import Data, open_data
-from qdqtool.errors import DataError, RecipeError, nearest
+from qdqtool.errors import DataError, GateError, RecipeError, nearest
 from qdqtool.fit import Feeds
 from qdqtool.model import ModelSource
+from qdqtool.significance import Difference, paired
+from qdqtool.sqnr import Sqnr
 
 Array = npt.NDArray[Any]
 Metric = Callable[[Mapping[str, Array], Array], Any]
+_SATURATED: Final = 0.5  # dB that are lost where sums saturate, at least
 VERIFIED: Final = 16
 """Calibration samples on which a new model is verified."""
-
-
-@dataclass
-class Sqnr:
-    """Signal to quantization noise ratio, summed over batches: 10 log10(sum x^2 / sum (x - x_q)^2) in dB."""
-
-    signal: float = 0.0
-    noise: float = 0.0
-
-    def add(self, reference: Array, value: Array) -> None:
-        """Add a batch; where the reference is not finite (a mask of -inf) the value must equal it, uncounted."""
-        x, y = reference.astype(np.float64), value.astype(np.float64)
-        finite = np.isfinite(x)
-        if not finite.all():
-            same = np.array_equal(x[~finite], y[~finite], equal_nan=True)
-            self.noise += 0.0 if same else math.inf
-            x, y = x[finite], y[finite]
-        self.signal += float(np.vdot(x, x))
-        with np.errstate(invalid="ignore"):
-            error = x - y
-            self.noise += float(np.vdot(error, error)) if np.isfinite(error).all() else math.inf
-
-    @property
-    def db(self) -> float:
-        """dB; inf where both are equal (an all-zero signal too), -inf where an all-zero signal has noise."""
-        if self.noise == 0.0:
-            return math.inf
-        if self.signal == 0.0 or math.isinf(self.noise):
-            return -math.inf
-        return 10 * math.log10(self.signal / self.noise)
 
 
 @dataclass(frozen=True)
@@ -64,10 +37,14 @@ class Comparison:
         samples: how many.
         fused: SQNR in dB of each output, the quantized model run as the runtime optimizes it (integer kernels).
         emulated: the same with graph optimization off: every Q and DQ computed as written, in float.
+        wide: fused, with sums that cannot saturate (:data:`qdqtool.runtime.WIDE_SUMS`); measured on processors whose
+            16-bit sums may, else empty.
         tensors: SQNR in dB of tensors that both models have by name, emulated.
+        local: the same where each layer alone is quantized and reads what the float model computes.
         agreement: share of samples whose greatest entry of the first output is at the same place; None where that has
             no meaning.
         metric: name of the task's metric, with the score of either model (higher is better).
+        difference: of the scores, quantized less float, where the metric gives one for each sample.
         provider: execution provider on which all this was measured.
     """
 
@@ -80,11 +57,47 @@ class Comparison:
     float_score: float | None = None
     quantized_score: float | None = None
     provider: str = "cpu"
+    difference: Difference | None = None
+    local: Mapping[str, float] = field(default_factory=dict)
+    wide: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def worst_db(self) -> float:
         """Least SQNR among the outputs as fused."""
         return min(self.fused.values(), default=math.inf)
+
+    def gate(
+        self, *, min_sqnr: float | None = None, max_drop: float | None = None, min_agreement: float | None = None
+    ) -> None:
+        """Raise GateError with every limit that is broken.
+
+        Args:
+            min_sqnr: dB, of every output as fused.
+            max_drop: of the metric, in its own units.
+            min_agreement: share of samples, 0 to 1; an output without a greatest entry agrees on none.
+        """
+        broken = []
+        if min_sqnr is not None and self.worst_db < min_sqnr:
+            broken.append(f"an SQNR of {self.worst_db:.1f} dB is below --min-sqnr {min_sqnr:g} dB")
+        if max_drop is not None and self.float_score is not None and self.quantized_score is not None:
+            drop = self.float_score - self.quantized_score
+            if drop > max_drop:
+                broken.append(f"{self.metric} loses {drop:.4g}, more than --max-drop {max_drop:g}")
+        if min_agreement is not None and (self.agreement or 0.0) < min_agreement:
+            broken.append(f"an agreement of {self.agreement or 0.0:.4f} is below --min-agreement {min_agreement:g}")
+        if broken:
+            raise GateError("; ".join(broken))
+
+    @property
+    def warning(self) -> str | None:
+        """That integer sums saturate on this processor, where they do, and what helps."""
+        if self.worst_db >= min(self.wide.values(), default=-math.inf) - _SATURATED:
+            return None
+        return (
+            f"this processor has no VNNI, and 16-bit sums of u8 x s8 products saturate in it: {self.worst_db:.1f} dB "
+            f"where sums that cannot give {min(self.wide.values()):.1f} dB; open sessions with "
+            f"session.x64quantprecision=1, or quantize with reduce_range"
+        )
 
 
 def compare(
@@ -123,8 +136,9 @@ def compare(
         runtime.session(reference, provider=provider),
         runtime.session(quantized, provider=provider),
         runtime.session(quantized, provider=provider, optimize=False),
+        *wide_sessions(quantized, provider),
     ]
-    names = [output.name for output in sessions[0].get_outputs()]
+    names = runtime.comparable(sessions[0])
     _same_outputs(names, [output.name for output in sessions[1].get_outputs()])
 
     def run(feeds: Feeds) -> Mapping[str, Array]:
@@ -137,29 +151,40 @@ def compare(
     # Samples of one shape ran together; labels come as the data do.
     order = np.argsort([sample.position for sample in seen.samples])
     outputs = [_joined(names, kept, plan.rows, order) for kept in (seen.reference, seen.quantized)]
-    scores: list[float | None] = [None, None]
-    if score is not None and labels is not None:
-        scores = [_score(score, found, labels, len(seen.samples), metric) for found in outputs]
-    first = plan.small().batches(seen.samples[:VERIFIED])
+    scores = [] if score is None or labels is None else _scores(score, outputs, labels, len(seen.samples), metric)
+    first = list(plan.small().batches(seen.samples[:VERIFIED])) if tensors else []
     return Comparison(
         samples=len(seen.samples),
-        fused={name: s.db for name, s in seen.fused.items()},
-        emulated={name: s.db for name, s in seen.emulated.items()},
-        tensors=tensor_sqnr(reference, quantized, first, provider) if tensors else {},
+        fused=decibels(seen.sums[0]),
+        emulated=decibels(seen.sums[1]),
+        wide=decibels(*seen.sums[2:]),
+        tensors=tensor_error.cumulative(reference, quantized, first, provider) if tensors else {},
+        local=tensor_error.local(reference, quantized, first, provider) if tensors else {},
         agreement=_agreement(outputs, names[0]),
         metric=metric,
-        float_score=scores[0],
-        quantized_score=scores[1],
+        float_score=float(scores[0].mean()) if scores else None,
+        quantized_score=float(scores[1].mean()) if scores else None,
+        difference=paired(scores[0], scores[1]) if scores and scores[0].ndim else None,
         provider=provider,
     )
 
 
+def wide_sessions(quantized: onnx.ModelProto, provider: str) -> list[Any]:
+    """A session whose integer sums cannot saturate, on processors where others may; none elsewhere."""
+    saturates = provider == "cpu" and runtime.saturates_u8s8()
+    return [runtime.session(quantized, config=runtime.WIDE_SUMS)] if saturates else []
+
+
+def decibels(*sums: Mapping[str, Sqnr]) -> dict[str, float]:
+    """SQNR in dB by output; of no form none."""
+    return {name: one.db for form in sums for name, one in form.items()}
+
+
 @dataclass
 class _Seen:
-    """What running all models over the data gave: SQNR by output, outputs batch by batch, and the samples."""
+    """What running all models over the data gave: SQNR by output for each form, outputs by batch, and the samples."""
 
-    fused: dict[str, Sqnr]
-    emulated: dict[str, Sqnr]
+    sums: list[dict[str, Sqnr]]
     reference: list[list[Array]] = field(default_factory=list)
     quantized: list[list[Array]] = field(default_factory=list)
     samples: list[Sample] = field(default_factory=list)
@@ -172,15 +197,15 @@ def _run_all(
     data: Data,
     progress: observe.Progress | None,
 ) -> _Seen:
-    """Run the float, fused and emulated session; the first samples keep their feeds for comparing tensors."""
-    seen = _Seen({name: Sqnr() for name in names}, {name: Sqnr() for name in names})
+    """Run the float session and those of the quantized model; the first samples keep their feeds to compare tensors."""
+    seen = _Seen([{name: Sqnr() for name in names} for _ in sessions[1:]])
     for batch in plan.batches(plan.samples(data)):
-        want, got, emulated = ([batch.real(v) for v in runtime.run(s, names, batch.feeds)] for s in sessions)
-        for name, x, y, z in zip(names, want, got, emulated, strict=True):
-            seen.fused[name].add(x, y)
-            seen.emulated[name].add(x, z)
+        want, *found = ([batch.real(v) for v in runtime.run(s, names, batch.feeds)] for s in sessions)
+        for sums, got in zip(seen.sums, found, strict=True):
+            for name, x, y in zip(names, want, got, strict=True):
+                sums[name].add(x, y)
         seen.reference.append(want)
-        seen.quantized.append(got)
+        seen.quantized.append(found[0])
         for sample in batch.samples:
             seen.samples.append(sample if len(seen.samples) < VERIFIED else replace(sample, feeds={}))
         if progress is not None:
@@ -220,10 +245,14 @@ def _agreement(outputs: Sequence[Mapping[str, Array]], name: str) -> float | Non
     return float((a.argmax(1) == b.argmax(1)).mean()) if a.shape[1] > 1 else None
 
 
-def _score(metric: Metric, outputs: Mapping[str, Array], labels: Array, samples: int, name: str | None) -> float:
+def _scores(
+    metric: Metric, outputs: Sequence[Mapping[str, Array]], labels: Array, samples: int, name: str | None
+) -> list[Array]:
+    """The metric of both models: a score of each sample, or one number."""
     if len(labels) != samples:
         raise DataError(f"there are {len(labels)} labels for {samples} samples; metric {name!r} needs one each")
-    return float(np.mean(metric(outputs, labels)))
+    found = [np.asarray(metric(given, labels), np.float64) for given in outputs]
+    return [scores if scores.shape == (samples,) else np.asarray(scores.mean()) for scores in found]
 
 
 def find_metric(name: str) -> Metric:
@@ -260,37 +289,3 @@ def _top(k: int) -> Metric:
 
 
 METRICS: Final[Mapping[str, Metric]] = {"top1": _top(1), "top5": _top(5)}
-
-
-def tensor_sqnr(
-    reference: onnx.ModelProto, quantized: onnx.ModelProto, batches: Iterable[Batch], provider: str = "cpu"
-) -> dict[str, float]:
-    """SQNR in dB of every float tensor that both models have by name, as readers in the quantized one see it."""
-    pairs = _shared_tensors(reference, quantized)
-    if not pairs:
-        return {}
-    float_session = runtime.session(observe.with_outputs(reference, pairs), provider=provider)
-    quantized_session = runtime.session(
-        observe.with_outputs(quantized, pairs.values()), provider=provider, optimize=False
-    )
-    sums = {name: Sqnr() for name in pairs}
-    for batch in batches:
-        want = runtime.run(float_session, list(pairs), batch.feeds)
-        got = runtime.run(quantized_session, list(pairs.values()), batch.feeds)
-        for name, x, y in zip(pairs, want, got, strict=True):
-            sums[name].add(batch.real(x), batch.real(y))
-    return {name: s.db for name, s in sums.items()}
-
-
-def _shared_tensors(reference: onnx.ModelProto, quantized: onnx.ModelProto) -> dict[str, str]:
-    """Name in the float model -> name in the quantized one, for float results of nodes at the top level."""
-    made = {name: node for node in quantized.graph.node for name in node.output}
-    read_by_q = {node.input[0]: node.output[0] for node in quantized.graph.node if node.op_type == "QuantizeLinear"}
-    by_codes = {node.input[0]: node.output[0] for node in quantized.graph.node if node.op_type == "DequantizeLinear"}
-    types = {v.name: v.type.tensor_type.elem_type for v in (*reference.graph.value_info, *quantized.graph.value_info)}
-    found = {}
-    for node in reference.graph.node:
-        for name in node.output:
-            if name in made and types.get(name) == onnx.TensorProto.FLOAT:
-                found[name] = by_codes.get(read_by_q.get(name, ""), name)
-    return found

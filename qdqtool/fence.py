@@ -14,13 +14,14 @@ function), it is fenced too.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Final
 
 import onnx
 
+from qdqtool.bodies import computed_inside, expose
 from qdqtool.derive import all_derivations
-from qdqtool.scopes import read_by
+from qdqtool.scopes import bodies
 
 _PREFIX: Final = "qdqtool.fence."
 _FUSED_ALIKE: Final = frozenset({"Clip", "LeakyRelu", "Relu"})
@@ -34,19 +35,21 @@ def fences(proto: onnx.ModelProto, observed: Iterable[str], follows: Iterable[st
         observed: names of tensors.
         follows: the tensors that follow from others, where the caller knows them.
     """
-    values = (*proto.graph.value_info, *proto.graph.output)
+    everywhere = (proto.graph, *bodies(proto.graph))
+    values = (value for graph in everywhere for value in (*graph.value_info, *graph.output))
     floats = {v.name for v in values if v.type.tensor_type.elem_type == onnx.TensorProto.FLOAT}
-    return frozenset(floats - _bare(proto, follows)) | frozenset(observed)
+    return frozenset(floats - _bare(proto, everywhere, follows)) | frozenset(observed)
 
 
-def _bare(proto: onnx.ModelProto, follows: Iterable[str] | None) -> set[str]:
-    readers = Counter(name for node in proto.graph.node for name in read_by(node))
-    readers.update(output.name for output in proto.graph.output)
-    constants = {tensor.name for tensor in proto.graph.initializer}
-    convolved = {node.output[0] for node in proto.graph.node if node.op_type == "Conv"}
+def _bare(proto: onnx.ModelProto, everywhere: Sequence[onnx.GraphProto], follows: Iterable[str] | None) -> set[str]:
+    nodes = [node for graph in everywhere for node in graph.node]
+    readers = Counter(name for node in nodes for name in node.input)
+    readers.update(output.name for graph in everywhere for output in graph.output)
+    constants = {tensor.name for graph in everywhere for tensor in graph.initializer}
+    convolved = {node.output[0] for node in nodes if node.op_type == "Conv"}
     fused = {
         node.input[0]
-        for node in proto.graph.node
+        for node in nodes
         if node.op_type in _FUSED_ALIKE and readers[node.input[0]] == 1 and constants.issuperset(node.input[1:])
     }
     return {*(all_derivations(proto) if follows is None else follows)} | (convolved & fused)
@@ -54,15 +57,32 @@ def _bare(proto: onnx.ModelProto, follows: Iterable[str] | None) -> set[str]:
 
 def add_fences(proto: onnx.ModelProto, names: frozenset[str]) -> None:
     """Put fences behind those of the named tensors that nodes of the model compute; each is an output of the model."""
-    nodes = []
-    for node in proto.graph.node:
+    inside = {_PREFIX + name for body in bodies(proto.graph) for name in _fence(body, names)}
+    expose(proto.graph, dict.fromkeys(inside, onnx.TensorProto.INT64))
+    fenced = _fence(proto.graph, names)
+    proto.graph.output.extend(_size(_PREFIX + name) for name in fenced)
+    given = [name for node in proto.graph.node for name in node.output if name in inside]
+    proto.graph.output.extend(onnx.helper.make_tensor_value_info(n, onnx.TensorProto.INT64, None) for n in given)
+
+
+def _fence(graph: onnx.GraphProto, names: frozenset[str]) -> list[str]:
+    """Put fences behind tensors that nodes of this graph compute themselves; returns which."""
+    nodes, fenced = [], []
+    for node in graph.node:
         nodes.append(node)
-        for name in names.intersection(node.output):
+        inside = {*computed_inside(node)}  # given out by the node for the sake of observation
+        for name in names.intersection(node.output) - inside:
             nodes.append(onnx.helper.make_node("Size", [name], [_PREFIX + name]))
-            proto.graph.output.append(onnx.helper.make_tensor_value_info(_PREFIX + name, onnx.TensorProto.INT64, []))
-    copied = onnx.GraphProto(node=nodes)
-    del proto.graph.node[:]
-    proto.graph.node.extend(copied.node)
+            fenced.append(name)
+    copied = onnx.GraphProto(node=nodes, value_info=[_size(_PREFIX + name) for name in fenced])
+    del graph.node[:]
+    graph.node.extend(copied.node)
+    graph.value_info.extend(copied.value_info)
+    return fenced
+
+
+def _size(name: str) -> onnx.ValueInfoProto:
+    return onnx.helper.make_tensor_value_info(name, onnx.TensorProto.INT64, [])
 
 
 def without_fences(outputs: Iterable[str]) -> list[str]:

@@ -6,9 +6,10 @@ import math
 
 from qdqtool import model as models
 from qdqtool import runtime
-from qdqtool.comparison import VERIFIED, Sqnr
+from qdqtool.comparison import VERIFIED
 from qdqtool.insert import insert
 from qdqtool.passes_api import State
+from qdqtool.sqnr import Sqnr
 
 
 def fidelity(state: State) -> float:
@@ -22,7 +23,7 @@ def fidelity(state: State) -> float:
     assert state.original is not None
     quantized = models.to_proto(insert(state.graph, state.plan, state.params), state.header)
     sessions = [runtime.session(proto, provider=state.provider) for proto in (state.original, quantized)]
-    names = [output.name for output in sessions[0].get_outputs()]
+    names = runtime.comparable(sessions[0])
     sums = [Sqnr() for _ in names]
     for batch in state.batching.batches(state.held[:VERIFIED]):
         want, got = (runtime.run(session, names, batch.feeds) for session in sessions)

@@ -95,7 +95,7 @@ def check(
 
 def convert(array: np.ndarray, dtype: np.dtype) -> np.ndarray:
     """A checked array in another type: read-only, C-contiguous, a view where that changes nothing."""
-    if array.dtype == dtype:
+    if dtype in (array.dtype, np.object_):  # text stays in numpy's own type, whose bytes are its content
         converted = array
     elif _is_nameless_bfloat16(array.dtype, dtype):
         converted = array.view(dtype)
@@ -115,6 +115,12 @@ def _table(arrays: Mapping[str, Rows], inputs: Sequence[InputInfo], extra: Seque
 
 
 def _check_shape(given: tuple[int, ...], info: InputInfo, shapes: list[Shape]) -> None:
+    if not info.ranked and shapes == whole_shapes(info):
+        return
+    if not info.ranked:
+        raise _MisfitError(
+            "the model leaves its rank open; give a list of whole feeds, each a dict {input name: array}"
+        )
     shape = next((shape for shape in shapes if len(shape) == len(given)), None)
     if shape is None:
         if len(shapes) == 1 and len(given) == len(info.shape) - 1:
@@ -131,7 +137,7 @@ def _check_shape(given: tuple[int, ...], info: InputInfo, shapes: list[Shape]) -
 def _check_type(array: Rows, dtype: np.dtype) -> None:
     """Float to float and integer to integer where the values fit; anything else would be a guess."""
     given = array.dtype
-    if given == dtype or _is_nameless_bfloat16(given, dtype):
+    if given == dtype or _is_nameless_bfloat16(given, dtype) or (given.kind == "U" and dtype == np.object_):
         return
     integer, floating = np.issubdtype(given, np.integer), np.issubdtype(given, np.floating)
     if floating and np.issubdtype(dtype, np.floating):
@@ -184,8 +190,10 @@ def as_array(value: object, name: str, where: str) -> np.ndarray:
         array = np.asarray(value)
     except (TypeError, ValueError, RuntimeError) as error:  # ragged lists; tensors of other libraries on a device
         raise DataError(f"{where}: {name!r} cannot become a numpy array ({error}); give arrays of numbers") from error
+    if array.dtype == np.object_ and all(isinstance(item, str) for item in array.flat):
+        return array.astype(np.str_)
     if array.dtype.hasobject:
-        raise DataError(f"{where}: {name!r} holds Python objects; give arrays of numbers")
+        raise DataError(f"{where}: {name!r} holds Python objects; give arrays of numbers or text")
     return array
 
 

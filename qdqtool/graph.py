@@ -32,6 +32,17 @@ def all_graphs(graph: gs.Graph) -> Iterator[tuple[str, gs.Graph]]:
     yield from walk("", graph)
 
 
+def all_nodes(graph: gs.Graph) -> Iterator[gs.Node]:
+    """Nodes of the graph and of its control-flow bodies, those of a body behind all of the graph that it is in."""
+    for _, inner in all_graphs(graph):
+        yield from inner.nodes
+
+
+def all_tensors(graph: gs.Graph) -> dict[str, gs.Tensor]:
+    """Tensors of the graph and its control-flow bodies by name, which a loaded model uses for one tensor alone."""
+    return {name: tensor for _, inner in all_graphs(graph) for name, tensor in inner.tensors().items()}
+
+
 def constant(tensor: gs.Tensor | None) -> Array | None:
     """Values of a constant tensor, or None for a computed or missing one."""
     return cast(Array, tensor.values) if isinstance(tensor, gs.Constant) else None
@@ -64,10 +75,19 @@ def output_ids(graph: gs.Graph) -> set[int]:
     return {id(tensor) for _, inner in all_graphs(graph) for tensor in inner.outputs}
 
 
+def leaving_ids(graph: gs.Graph) -> set[int]:
+    """Identities of the tensors that are known outside of the graph that makes them: given out, or read by a body."""
+    leaving = output_ids(graph)
+    for _, inner in all_graphs(graph):
+        own = {id(tensor) for node in inner.nodes for tensor in node.outputs}
+        leaving.update(id(t) for node in inner.nodes for t in node.inputs if t.inputs and id(t) not in own)
+    return leaving
+
+
 def single_use(tensor: gs.Tensor, outputs: set[int]) -> gs.Node | None:
     """The one node that reads the tensor at one input; None where it is read elsewhere too or is a graph output.
 
-    ``outputs`` comes from :func:`output_ids`.
+    ``outputs`` comes from :func:`output_ids`, or from :func:`leaving_ids` where a reader inside a body is none to find.
     """
     return tensor.outputs[0] if len(tensor.outputs) == 1 and id(tensor) not in outputs else None
 

@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from qdqtool.passes_api import State
 
 LINEAR_OPS: Final = frozenset({"Conv", "ConvTranspose", "Gemm", "MatMul"})
+RECURRENT_OPS: Final = frozenset({"GRU", "LSTM", "RNN"})
+"""Their weights are inputs 1 and 2: [directions, gates * hidden, inputs] and [directions, gates * hidden, hidden]."""
 _CONV_OPS: Final = frozenset({"Conv", "ConvTranspose"})
 
 
@@ -202,6 +204,22 @@ class LinearLayer:
             return per_group.reshape(shape[0], shape[1], *(1,) * (len(shape) - 2))
         axis = cast(int, self.weight_axis)
         return factors.reshape([-1 if i == axis else 1 for i in range(len(shape))])
+
+
+def weight_inputs(node: gs.Node) -> tuple[int, ...]:
+    """Inputs that hold the weights of a linear or recurrent layer."""
+    return (1, 2) if node.op in RECURRENT_OPS else (1,)
+
+
+def channel_axis_of_weight(node: gs.Node) -> int | None:
+    """Axis of a layer's weights that runs over what has a scale of its own: output channels, or gates.
+
+    None where no single axis does.
+    """
+    if node.op in RECURRENT_OPS:
+        return 1
+    layer = LinearLayer.of(node)
+    return None if layer is None else layer.weight_axis
 
 
 def replace_constant(node: gs.Node, index: int, values: Array, name: str, taken: set[str]) -> None:

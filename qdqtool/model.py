@@ -20,8 +20,9 @@ import numpy as np
 import onnx
 from google.protobuf.message import DecodeError
 
+from qdqtool import external, functions, value_types
 from qdqtool.errors import ModelError
-from qdqtool.scopes import hoist_shared_constants
+from qdqtool.scopes import bodies, hoist_shared_constants, make_names_unique
 
 if TYPE_CHECKING:
     import onnx_graphsurgeon as gs
@@ -30,9 +31,12 @@ ModelSource = str | os.PathLike[str] | onnx.ModelProto
 
 MIN_OPSET: Final = 7
 MAX_OPSET: Final = 26  # the newest that onnxruntime 1.31 loads
-_MAX_IR: Final = 13
+MAX_IR: Final = 13  # likewise
+DEFAULT_DOMAIN: Final = ("", "ai.onnx")  # two spellings of it
+_QDQ_OPSET: Final = 13  # the least with a scale for each channel
 _IR_OF_OPSET: Final = ((21, 10), (23, 11), (24, 12), (25, 13))  # least IR version that a newer opset's types need
 _PROTOBUF_LIMIT: Final = 2**31 - 1
+_WORTH_SPARING: Final = 2**26
 _ROOM: Final = 2**24  # for everything but the data of initializers
 _BITS: Final = {
     number: 4
@@ -48,14 +52,18 @@ _LARGE_CONSTANT: Final = 4096  # bytes; shape inference reads the values of smal
 
 @dataclass(frozen=True)
 class InputInfo:
-    """What a model wants at one input: name, element type and shape (a name or None where a dimension is free)."""
+    """What a model wants at one input: name, element type and shape (a name or None where a dimension is free).
+
+    Where even the rank is free (``ranked`` is false) the shape is ().
+    """
 
     name: str
     dtype: np.dtype[Any]
     shape: tuple[int | str | None, ...]
+    ranked: bool = True
 
     def __str__(self) -> str:
-        dims = ", ".join("?" if d is None else str(d) for d in self.shape)
+        dims = ", ".join("?" if d is None else str(d) for d in self.shape) if self.ranked else "..."
         return f"{self.name}: {self.dtype.name}[{dims}]"
 
 
@@ -71,10 +79,13 @@ class Header:
     graph_metadata: Mapping[str, str] = field(default_factory=dict)
     node_docs: Mapping[str, str] = field(default_factory=dict)
     node_metadata: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
+    value_types: Mapping[str, onnx.TypeProto] = field(default_factory=dict)
+    type_attributes: Mapping[str, onnx.AttributeProto] = field(default_factory=dict)
+    """Types of values that are no tensors, by name, and attributes that hold such a type, by node."""
 
 
 def load(source: ModelSource) -> onnx.ModelProto:
-    """Read a model with its external data; a ModelProto is copied, so that the caller's stays as it is.
+    """Read a model with its external data, its local functions inlined; a ModelProto is copied, and stays as it is.
 
     Raises:
         ModelError: the file is missing, truncated or no ONNX model, or its opset is out of the supported range.
@@ -83,6 +94,8 @@ def load(source: ModelSource) -> onnx.ModelProto:
     name = "the model" if isinstance(source, onnx.ModelProto) else str(source)
     if not proto.graph.output:
         raise ModelError(f"{name} has no graph outputs: it is no complete ONNX model")
+    proto.ir_version = min(proto.ir_version, MAX_IR)  # newer ones only add to the format; what is new has an opset
+    _import_default_domain(proto)
     version = opset(proto)
     if version > MAX_OPSET:
         raise ModelError(
@@ -94,7 +107,17 @@ def load(source: ModelSource) -> onnx.ModelProto:
             f"{name} uses opset {version}; the oldest supported is {MIN_OPSET}. "
             f"Export it again, or raise it with onnx.version_converter"
         )
+    functions.inline(proto)
     return proto
+
+
+def _import_default_domain(proto: onnx.ModelProto) -> None:
+    """Name a version of the default operator set, of which Q/DQ are, where every node is of another domain."""
+    named = any(entry.domain in DEFAULT_DOMAIN for entry in proto.opset_import)
+    nodes = [node for graph in (proto.graph, *bodies(proto.graph)) for node in graph.node]
+    nodes += [node for function in proto.functions for node in function.node]
+    if not named and all(node.domain not in DEFAULT_DOMAIN for node in nodes):
+        proto.opset_import.add(domain="", version=_QDQ_OPSET)
 
 
 def _copy(proto: onnx.ModelProto) -> onnx.ModelProto:
@@ -126,7 +149,7 @@ def _read(path: Path) -> onnx.ModelProto:
 
 def opset(proto: onnx.ModelProto) -> int:
     """Version of the default operator set; 1 where the model names none."""
-    return next((entry.version for entry in proto.opset_import if entry.domain in ("", "ai.onnx")), 1)
+    return next((entry.version for entry in proto.opset_import if entry.domain in DEFAULT_DOMAIN), 1)
 
 
 def fingerprint(proto: onnx.ModelProto) -> str:
@@ -158,7 +181,8 @@ def inputs(proto: onnx.ModelProto) -> tuple[InputInfo, ...]:
             )
         tensor = value.type.tensor_type
         shape = tuple(d.dim_value if d.HasField("dim_value") else (d.dim_param or None) for d in tensor.shape.dim)
-        found.append(InputInfo(value.name, onnx.helper.tensor_dtype_to_np_dtype(tensor.elem_type), shape))
+        dtype = onnx.helper.tensor_dtype_to_np_dtype(tensor.elem_type)
+        found.append(InputInfo(value.name, dtype, shape, ranked=tensor.HasField("shape")))
     return tuple(found)
 
 
@@ -174,12 +198,15 @@ def _props(entries: Iterable[onnx.StringStringEntryProto]) -> dict[str, str]:
 def to_graph(proto: onnx.ModelProto) -> tuple[gs.Graph, Header]:
     """Import a model into onnx-graphsurgeon; nodes without a name or with another's name get ``<operator>_<index>``.
 
-    The graph refers to the tensors of ``proto``, which must not be changed afterwards.
+    Tensors of control-flow bodies get names that no other graph of the model uses. The graph refers to the tensors of
+    ``proto``, which must not be changed afterwards.
     """
     import onnx_graphsurgeon as gs
 
     gs.logger.G_LOGGER.severity = gs.logger.G_LOGGER.CRITICAL
-    _name_nodes(proto.graph, set())
+    hoist_shared_constants(proto.graph)
+    make_names_unique(proto.graph)
+    name_nodes(proto.graph, set())
     header = Header(
         ir_version=proto.ir_version,
         model_version=proto.model_version,
@@ -189,14 +216,18 @@ def to_graph(proto: onnx.ModelProto) -> tuple[gs.Graph, Header]:
         graph_metadata=_props(proto.graph.metadata_props),
         node_docs={node.name: node.doc_string for node in proto.graph.node if node.doc_string},
         node_metadata={node.name: _props(node.metadata_props) for node in proto.graph.node if node.metadata_props},
+        value_types=value_types.find(proto.graph),
+        type_attributes=value_types.find_attributes(proto.graph),
     )
     graph = gs.import_onnx(proto)
+    value_types.hide(graph)
     # Initializers listed as inputs (IR version 3) are constants: nobody feeds them.
     graph.inputs = [tensor for tensor in graph.inputs if isinstance(tensor, gs.Variable)]
     return graph, header
 
 
-def _name_nodes(graph: onnx.GraphProto, taken: set[str]) -> None:
+def name_nodes(graph: onnx.GraphProto, taken: set[str]) -> None:
+    """Give nodes without a name, or with a ``taken`` one, ``<operator>_<index>``; bodies too. ``taken`` grows."""
     named = {node.name for node in graph.node}
     for index, node in enumerate(graph.node):
         if not node.name or node.name in taken:
@@ -207,7 +238,7 @@ def _name_nodes(graph: onnx.GraphProto, taken: set[str]) -> None:
         taken.add(node.name)
         for attribute in node.attribute:
             if attribute.type == onnx.AttributeProto.GRAPH:
-                _name_nodes(attribute.g, taken)
+                name_nodes(attribute.g, taken)
 
 
 def to_proto(graph: gs.Graph, header: Header, extra_metadata: Mapping[str, str] | None = None) -> onnx.ModelProto:
@@ -215,10 +246,12 @@ def to_proto(graph: gs.Graph, header: Header, extra_metadata: Mapping[str, str] 
     import onnx_graphsurgeon as gs
 
     least = max([6, *(ir for version, ir in _IR_OF_OPSET if graph.opset >= version)])
-    graph.ir_version = min(max(header.ir_version, least), _MAX_IR)
+    graph.ir_version = min(max(header.ir_version, least), MAX_IR)
     graph.import_domains = _domains(graph)
     proto: onnx.ModelProto = gs.export_onnx(graph, do_type_check=False)
     hoist_shared_constants(proto.graph)
+    value_types.restore(proto.graph, header.value_types)
+    value_types.restore_attributes(proto.graph, header.type_attributes)
     proto.model_version, proto.domain, proto.doc_string = header.model_version, header.domain, header.doc_string
     onnx.helper.set_model_props(proto, {**header.metadata, **(extra_metadata or {})})
     _set_props(proto.graph.metadata_props, header.graph_metadata)
@@ -230,7 +263,7 @@ def to_proto(graph: gs.Graph, header: Header, extra_metadata: Mapping[str, str] 
 
 def _domains(graph: gs.Graph) -> list[onnx.OperatorSetIdProto]:
     """The graph's operator sets, the default one at the graph's own version (a pass may have raised it)."""
-    others = [d for d in graph.import_domains or [] if d.domain not in ("", "ai.onnx")]
+    others = [d for d in graph.import_domains or [] if d.domain not in DEFAULT_DOMAIN]
     return [onnx.helper.make_opsetid("", graph.opset), *others]
 
 
@@ -252,7 +285,7 @@ def without_large_constants(proto: onnx.ModelProto) -> onnx.ModelProto:
     graph.output.extend(proto.graph.output)
     listed = {value.name for value in proto.graph.input}
     for tensor in proto.graph.initializer:
-        if tensor.ByteSize() <= _LARGE_CONSTANT:
+        if _value_bytes(tensor) <= _LARGE_CONSTANT:
             graph.initializer.append(tensor)
         elif tensor.name not in listed:
             graph.input.append(onnx.helper.make_tensor_value_info(tensor.name, tensor.data_type, list(tensor.dims)))
@@ -261,25 +294,46 @@ def without_large_constants(proto: onnx.ModelProto) -> onnx.ModelProto:
 
 def fits_protobuf(proto: onnx.ModelProto) -> bool:
     """Whether the model can be one message: under 2 GiB. Protobuf itself cannot tell: counting means serializing."""
-    total = sum(math.prod(t.dims) * _BITS.get(t.data_type, 64) // 8 for t in proto.graph.initializer)
-    return total < _PROTOBUF_LIMIT - _ROOM
+    return _tensor_bytes(proto) < _PROTOBUF_LIMIT - _ROOM
+
+
+def _tensor_bytes(proto: onnx.ModelProto) -> int:
+    """Bytes of the initializers' values, from their shapes: to look at a message's values is to copy them."""
+    return sum(map(_value_bytes, proto.graph.initializer))
+
+
+def _value_bytes(tensor: onnx.TensorProto) -> int:
+    return math.prod(tensor.dims) * _BITS.get(tensor.data_type, 64) // 8
+
+
+def is_large(proto: onnx.ModelProto) -> bool:
+    """Whether the model is worth sparing a copy of: 64 MiB of tensors or more."""
+    return _tensor_bytes(proto) >= _WORTH_SPARING
 
 
 def size(proto: onnx.ModelProto) -> int:
     """Bytes of the model with its tensors; over 2 GiB to within some bytes for each of them."""
     if fits_protobuf(proto):
         return proto.ByteSize()
-    return without_large_constants(proto).ByteSize() + sum(
-        t.ByteSize() for t in proto.graph.initializer if t.ByteSize() > _LARGE_CONSTANT
-    )
+    large = (_value_bytes(tensor) for tensor in proto.graph.initializer)
+    return without_large_constants(proto).ByteSize() + sum(count for count in large if count > _LARGE_CONSTANT)
 
 
 def check(proto: onnx.ModelProto) -> None:
     """Run ONNX's checker, over 2 GiB without the values of large constants; ModelError says what it found."""
+    open_ranks = not all(value.type.tensor_type.HasField("shape") for value in _tensors(proto.graph))
+    candidate = without_large_constants(proto) if open_ranks or not fits_protobuf(proto) else proto
+    for value in _tensors(candidate.graph) if open_ranks else ():
+        value.type.tensor_type.shape.SetInParent()  # the checker insists on a shape; the runtime does without
     try:
-        onnx.checker.check_model(proto if fits_protobuf(proto) else without_large_constants(proto))
+        onnx.checker.check_model(candidate)
     except (onnx.checker.ValidationError, ValueError) as error:
         raise ModelError(f"the ONNX checker refuses the model: {error}") from error
+
+
+def _tensors(graph: onnx.GraphProto) -> list[onnx.ValueInfoProto]:
+    """Inputs and outputs that are tensors."""
+    return [value for value in (*graph.input, *graph.output) if value.type.HasField("tensor_type")]
 
 
 def save(proto: onnx.ModelProto, path: str | os.PathLike[str], *, external_data: bool | None = None) -> Path:
@@ -299,10 +353,9 @@ def save(proto: onnx.ModelProto, path: str | os.PathLike[str], *, external_data:
     with _staging(target) as folder:
         staged = folder / target.name
         if external_data:
-            onnx.save_model(
-                _copy(proto), staged, save_as_external_data=True, location=f"{target.name}.data", size_threshold=1024
-            )
-            os.replace(folder / f"{target.name}.data", target.with_name(f"{target.name}.data"))
+            data = folder / f"{target.name}.data"
+            external.write(proto, staged, data)
+            os.replace(data, target.with_name(data.name))
         else:
             staged.write_bytes(proto.SerializeToString(deterministic=True))
         os.replace(staged, target)

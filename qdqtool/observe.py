@@ -13,19 +13,21 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Final, Protocol
 
+import numpy as np
 import numpy.typing as npt
 import onnx
 
 from qdqtool import batching, device, runtime, sweeps
 from qdqtool import model as models
 from qdqtool.batching import Batch, Batching, Held, Sample
+from qdqtool.bodies import computed_inside, expose
 from qdqtool.data import Data
 from qdqtool.device import DeviceStatistics, Library
 from qdqtool.engine import Engine, Local
 from qdqtool.errors import DataError, StatisticsError
 from qdqtool.fence import add_fences, fences, without_fences
 from qdqtool.fit import Feeds
-from qdqtool.scopes import read_by
+from qdqtool.scopes import bodies, read_by
 from qdqtool.statistics import Statistics, TensorStatistics
 from qdqtool.sweeps import Sweeps
 
@@ -120,9 +122,14 @@ class ObserveJob:
         return one | other
 
     def run(self, feeds: Feeds) -> dict[str, npt.NDArray[Any]]:
-        """Every output of the model by name."""
-        names = without_fences(output.name for output in self.session.get_outputs())
+        """Every output of the model that can be compared, by name."""
+        names = without_fences(runtime.comparable(self.session))
         return dict(zip(names, runtime.run(self.session, names, feeds), strict=True))
+
+    def compare(self, feeds: Feeds) -> dict[str, npt.NDArray[Any]]:
+        """The same without what control-flow bodies compute, whose values lie in the order of the iterations."""
+        inside = {name for node in self.model.graph.node for name in computed_inside(node)}
+        return {name: values for name, values in self.run(feeds).items() if name not in inside}
 
     @functools.cached_property
     def session(self) -> Any:
@@ -143,6 +150,7 @@ class _Observer:
         inputs = {info.name for info in models.inputs(job.model)}
         self._session = job.session
         self._tensors, self._axes, self._library = job.tensors, job.axes, job.library
+        self._inside = {name for node in job.model.graph.node for name in computed_inside(node)}
         self._fed = [name for name in job.tensors if name in inputs]
         self._wanted = [name for name in job.tensors if name not in inputs]
         self._room = threading.BoundedSemaphore(job.at_once)
@@ -157,9 +165,12 @@ class _Observer:
 
     def _counter(self, name: str) -> TensorStatistics | DeviceStatistics:
         """On the device where the tensor is computed there, unless its channels are counted too."""
-        if self._library is None or name in self._fed or name in self._axes:
+        if self._library is None or name in self._fed or self._on_host(name):
             return TensorStatistics(self._axes.get(name))
         return DeviceStatistics(self._library)
+
+    def _on_host(self, name: str) -> bool:
+        return name in self._axes or name in self._inside
 
     def take(self, batch: Batch) -> None:
         """Run the model on a batch and count what comes out."""
@@ -180,9 +191,9 @@ class _Observer:
         """The tensors wanted: arrays, but where a library counts them on the device, what lies there."""
         if self._library is None:
             return runtime.run(self._session, self._wanted, feeds)
-        places = {name: "cpu" if name in self._axes else self._library.device for name in self._wanted}
+        places = {name: "cpu" if self._on_host(name) else self._library.device for name in self._wanted}
         outputs = runtime.run_bound(self._session, places, feeds)
-        return [v.numpy() if name in self._axes else v for name, v in zip(self._wanted, outputs, strict=True)]
+        return [v.numpy() if self._on_host(name) else v for name, v in zip(self._wanted, outputs, strict=True)]
 
     def _count(self, name: str, values: Any, batch: Batch, keys: list[tuple[bytes, int]]) -> None:
         found = self._found[name]
@@ -190,7 +201,9 @@ class _Observer:
             with self._locks[name]:
                 found.observe(values, batch)
             return
-        real = batch.real(values)
+        # Nobody knows which values of a body belong to which sample; where samples run together, each has them all.
+        shared = name in self._inside
+        real = np.broadcast_to(values, (len(keys), *values.shape)) if shared else batch.real(values)
         if name in self._axes and real.ndim != values.ndim:
             raise StatisticsError(
                 f"the batch of tensor {name!r} is not its axis 0, so its channels cannot be told apart; "
@@ -390,7 +403,9 @@ def _batching(jobs: Iterable[ObserveJob], data: Data, plan: Sweeps) -> Batching:
     found = []
     for job in jobs:
         _ = job.session  # loaded before several threads want it
-        found.append(batching.plan_batching(models.inputs(job.model), data, job.run, plan.batch_bytes))
+        found.append(batching.plan_batching(models.inputs(job.model), data, job.compare, plan.batch_bytes))
+        if any(True for _ in bodies(job.model.graph)):  # which branch runs may depend on what is joined
+            return found[-1].alone()
         if not found[-1].rows or found[-1].fixed:
             return found[-1]
     return min(found, key=lambda cut: cut.size)
@@ -401,6 +416,8 @@ def with_outputs(proto: onnx.ModelProto, tensors: Iterable[str]) -> onnx.ModelPr
     extended = onnx.ModelProto()
     extended.CopyFrom(proto)
     known = {value.name for value in proto.graph.output}
+    tensors = list(tensors)
+    expose(extended.graph, dict.fromkeys(tensors, onnx.TensorProto.FLOAT))
     for name in tensors:
         if name not in known:
             extended.graph.output.append(onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, None))
@@ -412,7 +429,7 @@ def pruned(proto: onnx.ModelProto, tensors: Sequence[str]) -> onnx.ModelProto:
     needed = set(tensors)
     kept: list[onnx.NodeProto] = []
     for node in reversed(proto.graph.node):
-        if needed.intersection(node.output):
+        if needed.intersection(node.output) or not needed.isdisjoint(computed_inside(node)):
             kept.append(node)
             needed.update(read_by(node))
     part = onnx.ModelProto(ir_version=proto.ir_version, opset_import=proto.opset_import, functions=proto.functions)

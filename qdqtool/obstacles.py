@@ -10,7 +10,7 @@ import numpy as np
 import onnx_graphsurgeon as gs
 
 from qdqtool import graph as graphs
-from qdqtool.linear import LinearLayer
+from qdqtool.linear import LinearLayer, weight_inputs
 from qdqtool.target import OpRule, Target
 
 _MASK: Final = 1e4
@@ -26,20 +26,44 @@ def obstacle(node: gs.Node, rule: OpRule, target: Target, opset: int) -> str | N
         target: the execution provider.
         opset: version of the default operator set.
     """
-    reason = _no_float32(node, rule)
+    reason = _no_float32(node, rule) or _quantized_already(node, rule)
     if reason is None and opset < rule.min_opset:
         reason = f"{node.op} has an integer form only from opset {rule.min_opset} on"
-    if reason is None and rule.weight_only and not graphs.is_constant(node.inputs[1]):
+    if reason is None and rule.weight_only and not all(graphs.is_constant(node.inputs[i]) for i in weight_inputs(node)):
         reason = "its weight is computed at run time"
     if reason is None and target.bias_int32 and not rule.weight_only:
         reason = _no_integer_bias(node)
     return reason or _SPECIAL.get(node.op, lambda _: None)(node) or _extreme_constant(node, rule)
 
 
+def is_dequantized(tensor: gs.Tensor) -> bool:
+    """Whether the model itself has the tensor in integers: a DequantizeLinear of its own makes it."""
+    maker = graphs.producer(tensor)
+    return maker is not None and maker.op == "DequantizeLinear"
+
+
+def is_quantized_behind(tensor: gs.Tensor) -> bool:
+    """Whether the model itself quantizes the tensor, which would be rounded twice where it is quantized here too."""
+    return any(reader.op in ("QuantizeLinear", "DynamicQuantizeLinear") for reader in tensor.outputs)
+
+
+def _quantized_already(node: gs.Node, rule: OpRule) -> str | None:
+    """Nodes with Q/DQ of the model's own stay as they are."""
+    operands = _operands(node, rule)
+    weight = graphs.input_at(node, 1) if rule.weight else None
+    if weight is not None and is_dequantized(weight) and graphs.is_constant(weight.inputs[0].inputs[0]):
+        return "its weight is quantized already"
+    if operands and all(map(is_dequantized, operands)) and all(map(is_quantized_behind, node.outputs)):
+        return "it is quantized already"
+    return None
+
+
 def _operands(node: gs.Node, rule: OpRule) -> list[gs.Tensor]:
     """The inputs that would be quantized: activations and weight."""
     indices = (
-        range(len(node.inputs)) if rule.activations is None else (*rule.activations, *((1,) if rule.weight else ()))
+        range(len(node.inputs))
+        if rule.activations is None
+        else (*rule.activations, *(weight_inputs(node) if rule.weight else ()))
     )
     found = (graphs.input_at(node, i) for i in dict.fromkeys(indices))
     return [tensor for tensor in found if tensor is not None]
@@ -77,7 +101,7 @@ def _extreme_constant(node: gs.Node, rule: OpRule) -> str | None:
         least, greatest = float(values.min()), float(values.max())
         if not math.isfinite(least) or not math.isfinite(greatest):
             return f"its constant {tensor.name!r} holds NaN or infinite values"
-        is_weight = rule.weight and tensor is node.inputs[1]
+        is_weight = rule.weight and any(tensor is node.inputs[i] for i in weight_inputs(node))
         if not is_weight and max(-least, greatest) >= _MASK:
             return f"its constant {tensor.name!r} reaches {least if -least > greatest else greatest:.3g}, as masks do"
     return None

@@ -164,8 +164,8 @@ def returning_biases(proto: onnx.ModelProto) -> list[str]:
     They read their input through a DequantizeLinear with one scale, and are followed, but for Relu and Clip, by
     one QuantizeLinear alone.
     """
-    links = Links.of(proto.graph)
-    return [node.name for node in proto.graph.node if node.op_type in _BIASED and _returns(node, links)]
+    everywhere = Links.of(proto.graph).everywhere()
+    return [n.name for links in everywhere for n in links.graph.node if n.op_type in _BIASED and _returns(n, links)]
 
 
 def _returns(node: onnx.NodeProto, links: Links) -> bool:

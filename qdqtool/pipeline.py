@@ -12,6 +12,7 @@ from typing import Any
 import onnx
 
 import qdqtool
+from qdqtool import graph as graphs
 from qdqtool import model as models
 from qdqtool import registry, runtime, statistics_file
 from qdqtool.cache import Cache, default_folder
@@ -27,6 +28,8 @@ from qdqtool.passes import (
     ChooseRanges,
     ConvertFloat16,
     CorrectBias,
+    CorrectWeights,
+    EqualizeLayers,
     ExpandSwish,
     FoldBatchnorm,
     FoldConstants,
@@ -39,19 +42,26 @@ from qdqtool.passes import (
     FuseNormalization,
     GemmToMatmul,
     InferShapes,
+    InlineBranches,
     InsertQdq,
+    LeaveUnrun,
     LiftConstants,
     MergeMoves,
     Observe,
     PlanFloat16,
     PlanQuantization,
+    PlanSmoothing,
     PlanWeights,
     PointwiseToGemm,
     RaiseOpset,
     RemoveIdentity,
+    RoundWeights,
+    ScalarOperands,
     ScaleWeights,
+    SmoothActivations,
     UseStatistics,
     Verify,
+    WidenFloat16,
 )
 from qdqtool.passes_api import Callback, Fact, Pass, PassManager, State, Timing
 from qdqtool.plan import Plan
@@ -87,20 +97,26 @@ class Result:
         return models.save(self.model, path, external_data=self.recipe.external_data)
 
 
-def preparation() -> list[Pass]:
+def preparation(recipe: Recipe | None = None) -> list[Pass]:
     """Passes that simplify and fuse the float graph; its outputs stay the same.
 
-    They do not depend on the recipe, so that statistics of the prepared graph serve every recipe and target.
+    They do not depend on the recipe, so that statistics of the prepared graph serve every recipe and target; float16
+    alone becomes float32 only where activations are quantized, and layers are equalized where the recipe has it so.
     """
+    widen: list[Pass] = [WidenFloat16()] if recipe is None or recipe.needs_data else []
+    equalize: list[Pass] = [EqualizeLayers()] if recipe is not None and recipe.equalized else []
     return [
         LiftConstants(),
         # Some shapes are known only after a first folding; and the opset converter must know the axes to convert well.
         InferShapes(),
+        ScalarOperands(),
         FoldConstants(),
         InferShapes(),
         FoldConstants(),
+        InlineBranches(),
         RaiseOpset(),
         InferShapes(),
+        *widen,
         RemoveIdentity(),
         MergeMoves(),
         # While their parts are there as they were written.
@@ -116,6 +132,7 @@ def preparation() -> list[Pass]:
         InferShapes(),
         PointwiseToGemm(),
         AddBias(),
+        *equalize,
     ]
 
 
@@ -135,14 +152,28 @@ def quantization(recipe: Recipe, *, given: str | None = None, data: bool = True)
     if recipe.weight_bits is not None:
         ranges: list[Pass] = [*([] if recipe.to_float16 else observe), ScaleWeights()]
     else:
-        ranges = [] if recipe.to_float16 else [*observe, ChooseRanges()]
+        smooth: list[Pass] = [] if recipe.smoothing == "off" else [SmoothActivations()]
+        ranges = (
+            []
+            if recipe.to_float16
+            else [*observe, LeaveUnrun(), *smooth, ChooseRanges(), *_rounding(recipe, data=data)]
+        )
     return [*planning(recipe, observe), *ranges, *formats, *refine, InsertQdq(), Verify()]
+
+
+def _rounding(recipe: Recipe, *, data: bool) -> list[Pass]:
+    """Passes that choose the codes of weights once their scales are there."""
+    method, few = recipe.rounding, recipe.weight_rounding == "auto"
+    asked: list[Pass] = []
+    if method == "stochastic" or (method == "gptq" and data):
+        asked = [RoundWeights(method, few, recipe.seed)]
+    return [*asked, *([CorrectWeights()] if recipe.weight_correction and recipe.few_bits else [])]
 
 
 def planning(recipe: Recipe, observe: Sequence[Pass] = ()) -> list[Pass]:
     """Passes from the prepared float graph to the plan; ``observe`` gets what tells which activations fit float16."""
     if recipe.needs_data:
-        return [PlanQuantization()]
+        return _plan(recipe)
     half: list[Pass] = [*watching(recipe), *observe, ConvertFloat16()] if recipe.to_float16 else []
     weights: list[Pass] = [] if recipe.weight_bits is None else [GemmToMatmul(), PlanWeights()]
     return [*half, *weights]
@@ -158,7 +189,11 @@ def watching(recipe: Recipe) -> list[Pass]:
         return [PlanFloat16()]
     if recipe.weight_bits is not None:
         raise RecipeError(f"precision {recipe.precision} needs no range of an activation: leave statistics out")
-    return [PlanQuantization()]
+    return _plan(recipe)
+
+
+def _plan(recipe: Recipe) -> list[Pass]:
+    return [PlanQuantization(), *([] if recipe.smoothing == "off" else [PlanSmoothing()])]
 
 
 def quantize(
@@ -212,7 +247,7 @@ def quantize(
     with _opened(data, state) as opened:
         state.data = opened
         steps = quantization(chosen, given=given, data=opened is not None)
-        manager = PassManager([*preparation(), *steps], callback)
+        manager = PassManager([*preparation(chosen), *steps], callback)
         timings = manager.run(state, facts if opened is None else facts | {Fact.DATA})
         return _result(state, timings)
 
@@ -261,7 +296,7 @@ def calibrate(
         raise DataError("observing needs calibration data: pass an .npz, a folder, arrays or an iterable of feeds")
     chosen = make_recipe(base, {"target": "cpu" if all(one.for_cpu for one in wanted) else "cuda"})
     state, facts = load(model, chosen, provider)
-    prepare = PassManager(preparation())
+    prepare = PassManager(preparation(chosen))
     prepare.run(state, facts)
     facts = prepare.check(facts)
     tensors: dict[str, None] = {}
@@ -318,7 +353,7 @@ def dry_run(
     """Prepare the model and plan its quantization without data; the state holds plan, skipped candidates and notes."""
     chosen = make_recipe(recipe, fields)
     state, facts = load(model, chosen, "cpu")
-    timings = PassManager([*preparation(), *planning(chosen)], callback).run(state, facts)
+    timings = PassManager([*preparation(chosen), *planning(chosen)], callback).run(state, facts)
     return state, timings
 
 
@@ -340,8 +375,8 @@ def load(model: ModelSource, recipe: Recipe, provider: str) -> tuple[State, froz
     graph, header = models.to_graph(original)
     state = State(graph, header, recipe, chosen, original=original, provider=resolved)
     state.float_sha256, state.float_bytes = digest, size
-    state.user_nodes = frozenset(node.name for node in original.graph.node)
-    state.user_tensors = frozenset(graph.tensors())
+    state.user_nodes = frozenset(graphs.node_names(graph))
+    state.user_tensors = frozenset(graphs.all_tensors(graph))
     if note is not None:
         state.notes.append(note)
     if chosen.for_cpu and not recipe.reduce_range and runtime.saturates_u8s8():
@@ -380,6 +415,8 @@ def _left_out(recipe: Recipe) -> list[str]:
     found = [f"not compared with the float model: that needs {need}; it was checked and loaded"]
     if recipe.bias_correction and recipe.precision != "fp16":
         found.append(f"biases were not corrected: that needs {need}")
+    if recipe.rounding == "gptq":
+        found.append(f"weights were rounded to nearest: gptq needs {need}")
     return found
 
 

@@ -75,6 +75,8 @@ def load(
 ) -> tuple[onnx.ModelProto, Any]:
     """Load a model with all optimizations; returns the graph that really runs, and the session.
 
+    The graph of a large model is without the values of its large tensors.
+
     Args:
         proto: the model.
         provider: a key of :data:`qdqtool.runtime.PROVIDERS`.
@@ -86,7 +88,7 @@ def load(
     with tempfile.TemporaryDirectory(prefix="qdqtool-") as folder:
         path = Path(folder) / "optimized.onnx"
         active = runtime.session(proto, provider=provider, config=config, optimized_path=path)
-        return onnx.load(path), active
+        return onnx.load(path, load_external_data=False), active
 
 
 def operators(proto: onnx.ModelProto) -> dict[str, int]:
@@ -113,17 +115,17 @@ def place(
         target: whose rules the plan follows.
         provider: where ``optimized`` was made.
     """
-    nodes = {node.name: node for node in quantized.graph.node}
-    before, after = Links.of(quantized.graph), _Optimized(optimized.graph, nodes)
+    homes = {node.name: (node, links) for links in Links.of(quantized.graph).everywhere() for node in links.graph.node}
+    after = _Optimized(optimized.graph, {name: node for name, (node, _) in homes.items()})
     kernels, floats, gone = {}, {}, []
     for name, op in plan.kernels.items():
-        node = nodes.get(name)
-        if node is None:  # nothing read what it made
+        if name not in homes:  # nothing read what it made
             gone.append(name)
             continue
+        node, before = homes[name]
         found = after.find(node, before)
-        if found is not None and after.in_integers(found):
-            kernels[name] = found.op_type
+        if found is not None and found.in_integers:
+            kernels[name] = found.node.op_type
         elif found is not None and name in plan.weight_only:
             floats[name] = "its weight is dequantized at every run: no kernel takes it in integers"
         elif found is not None:
@@ -135,60 +137,74 @@ def place(
     return Placement(provider, kernels, tuple(gone), floats, after.conversions())
 
 
-class _Optimized:
-    """An optimized graph, asked about the nodes that it was made from."""
+@dataclass(frozen=True)
+class _Found:
+    """A node of an optimized graph, and the index of the graph that it is in."""
 
-    def __init__(self, graph: onnx.GraphProto, known: Mapping[str, onnx.NodeProto]) -> None:
-        """``known``: nodes before, which keep their names even where these look rewritten."""
-        self.links = Links.of(graph)
-        named = [(_name_before(node, known), node) for node in graph.node]
-        self.by_name = {name: node for name, node in named if node.op_type not in CONVERSIONS}
-        self.left = {name for name, node in named if node.op_type in CONVERSIONS}
+    node: onnx.NodeProto
+    links: Links
 
-    def find(self, node: onnx.NodeProto, before: Links) -> onnx.NodeProto | None:
-        """The node that does a node's work: by its name, else by a tensor that it puts out, in float or quantized."""
-        found = self.by_name.get(node.name)
-        for tensor in node.output if found is None else ():
-            quantized = [q.output[0] for q in before.read(tensor) if q.op_type == "QuantizeLinear"]
-            for name in (tensor, *quantized):
-                maker = self.links.makers.get(name)
-                if maker is not None and maker.op_type not in CONVERSIONS:
-                    return maker
-        return found
-
-    def in_integers(self, node: onnx.NodeProto) -> bool:
-        """Whether a node computes on codes, or moves them."""
+    @property
+    def in_integers(self) -> bool:
+        """Whether the node computes on codes, or moves them."""
+        node, links = self.node, self.links
         if is_integer_kernel(node.op_type):
             return True
-        while (known := self.links.types.get(node.input[0])) is None:
-            maker = self.links.makers.get(node.input[0])  # types of tensors in the runtime's own layout are not told
+        while (known := links.types.get(node.input[0])) is None:
+            maker = links.makers.get(node.input[0])  # types of tensors in the runtime's own layout are not told
             if maker is None or maker.op_type in CONVERSIONS or is_integer_kernel(maker.op_type):
                 return maker is not None and maker.op_type != "DequantizeLinear"
             node = maker
         return known in _CODES
 
+
+class _Optimized:
+    """An optimized graph with its bodies, asked about the nodes that it was made from."""
+
+    def __init__(self, graph: onnx.GraphProto, known: Mapping[str, onnx.NodeProto]) -> None:
+        """``known``: nodes before, which keep their names even where these look rewritten."""
+        self.top = Links.of(graph)
+        found = [_Found(node, links) for links in self.top.everywhere() for node in links.graph.node]
+        work = [each for each in found if each.node.op_type not in CONVERSIONS]
+        self.by_name = {_name_before(each.node, known): each for each in work}
+        self.by_tensor = {name: each for each in work for name in each.node.output}
+        self.left = [each for each in found if each.node.op_type in CONVERSIONS]
+        self.names_left = {_name_before(each.node, known) for each in self.left}
+
+    def find(self, node: onnx.NodeProto, before: Links) -> _Found | None:
+        """The node that does a node's work: by its name, else by a tensor that it puts out, in float or quantized."""
+        found = self.by_name.get(node.name)
+        for tensor in node.output if found is None else ():
+            quantized = [q.output[0] for q in before.read(tensor) if q.op_type == "QuantizeLinear"]
+            for name in (tensor, *quantized):
+                if name in self.by_tensor:
+                    return self.by_tensor[name]
+        return found
+
     def converts(self, node: onnx.NodeProto, before: Links) -> bool:
         """Whether a conversion that stood before or behind a node is still there."""
         around = [before.dequantizer(name) for name in node.input]
         around += [q for name in node.output for q in before.read(name) if q.op_type == "QuantizeLinear"]
-        return any(q is not None and q.input[0] not in before.constants and q.name in self.left for q in around)
+        return any(q is not None and q.input[0] not in before.constants and q.name in self.names_left for q in around)
 
     def conversions(self) -> dict[str, str]:
         """Every conversion left -> what it stands between."""
-        nodes = self.links.graph.node
-        return {node.name: self._between(node) for node in nodes if node.op_type in CONVERSIONS}
+        holders = {True: "the model", False: "a control-flow body"}
+        return {each.node.name: _between(each.node, each.links, holders[each.links is self.top]) for each in self.left}
 
-    def _between(self, node: onnx.NodeProto) -> str:
-        if node.op_type == "QuantizeLinear":
-            maker = self.links.makers.get(node.input[0])
-            if maker is None:
-                return f"the model takes in {node.input[0]!r} in float"
-            return f"{_shown(maker)} puts out float"
-        readers = ", ".join(_shown(reader) for reader in self.links.read(node.output[0]))
-        if not readers:
-            return f"the model gives out {node.output[0]!r} in float"
-        what = "a constant in float" if node.input[0] in self.links.constants else "float"
-        return f"{readers} takes in {what}"
+
+def _between(node: onnx.NodeProto, links: Links, holder: str) -> str:
+    """What a conversion stands between, in a graph that is called ``holder``."""
+    if node.op_type == "QuantizeLinear":
+        maker = links.makers.get(node.input[0])
+        if maker is None:
+            return f"{holder} takes in {node.input[0]!r} in float"
+        return f"{_shown(maker)} puts out float"
+    readers = ", ".join(_shown(reader) for reader in links.read(node.output[0]))
+    if not readers:
+        return f"{holder} gives out {node.output[0]!r} in float"
+    what = "a constant in float" if node.input[0] in links.constants else "float"
+    return f"{readers} takes in {what}"
 
 
 def _name_before(node: onnx.NodeProto, known: Mapping[str, onnx.NodeProto]) -> str:

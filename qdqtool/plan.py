@@ -15,11 +15,15 @@ from qdqtool.spec import QuantizedWeight, QuantParams, QuantSpec
 
 @dataclass(frozen=True)
 class Use:
-    """Node ``node`` of graph ``graph`` ("" for the top) reading its input ``index``."""
+    """Node ``node`` reading its input ``index``.
+
+    ``graph`` is the path of the graph it is in ("" for the top). It is for those who read a plan: names of nodes and
+    tensors are unique in a model, so it does not count where keys are compared.
+    """
 
     node: str
     index: int
-    graph: str = ""
+    graph: str = field(default="", compare=False)
 
     def __str__(self) -> str:
         return f"{self.graph}::{self.node}::{self.index}"
@@ -27,10 +31,10 @@ class Use:
 
 @dataclass(frozen=True)
 class Output:
-    """Tensor ``tensor`` as its producer in graph ``graph`` puts it out; readers then read the quantized tensor."""
+    """Tensor ``tensor`` as its producer puts it out; readers then read the quantized tensor. ``graph`` as in Use."""
 
     tensor: str
-    graph: str = ""
+    graph: str = field(default="", compare=False)
 
     def __str__(self) -> str:
         return f"{self.graph}::{self.tensor}"
@@ -68,6 +72,7 @@ class Plan:
         kernels: nodes that are to run in integer arithmetic on the target, by name -> operator.
         weight_only: nodes whose weight alone is stored in integers.
         watched: tensors whose statistics are wanted although they stay float.
+        channels: observed tensors whose channels are wanted too, although they share a range -> channel axis.
     """
 
     entries: Mapping[Key, Entry] = field(default_factory=dict)
@@ -76,6 +81,7 @@ class Plan:
     kernels: Mapping[str, str] = field(default_factory=dict)
     weight_only: frozenset[str] = frozenset()
     watched: tuple[str, ...] = ()
+    channels: Mapping[str, int] = field(default_factory=dict)
 
     def resolve(self, key: Key) -> Key:
         """The key whose parameters ``key`` uses, at the end of a chain of sharing."""
@@ -97,12 +103,13 @@ class Plan:
         return tuple(dict.fromkeys([*wanted, *self.watched]))
 
     def channel_axes(self) -> dict[str, int]:
-        """Observed tensor -> its channel axis, where each channel gets a range of its own."""
-        return {
+        """Observed tensor -> its channel axis, where each channel's statistics are wanted."""
+        ranged = {
             self.tensors[key]: spec.granularity.axis
             for key, spec in self.specs()
             if key not in self.constants and spec.fixed is None and spec.granularity.axis is not None
         }
+        return {**self.channels, **ranged}
 
     def activation_of(self, node: str, index: int, tensor: str) -> Key | None:
         """The key under which a node's input is quantized: its own use, or what its tensor's producer puts out."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 import tomllib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -24,6 +24,7 @@ from pydantic import (
 from qdqtool import combination, target_file
 from qdqtool.errors import RecipeError, nearest
 from qdqtool.images import ImagePreprocessing
+from qdqtool.precision import FEW_BITS, INTEGER_PRECISIONS, Precision, Storage, weight_spec
 from qdqtool.spec import FORMATS, Format
 from qdqtool.target import TARGETS, Target, target
 
@@ -57,6 +58,7 @@ class Override(BaseModel):
     symmetric:   zero point 0.
     granularity: "per_tensor" or "per_channel" (weights).
     range:       [lo, hi], set instead of calibrated.
+    precision:   of a node: bits of its weight and inputs, as in "w8a8", instead of the recipe's own.
     """
 
     model_config = _STRICT
@@ -65,6 +67,7 @@ class Override(BaseModel):
     symmetric: bool | None = None
     granularity: Literal["per_tensor", "per_channel"] | None = None
     range: Interval | None = None
+    precision: Literal["w8a8", "w4a8", "w4a4", "w8a4", "w2a8"] | None = None
 
     @field_validator("dtype")
     @classmethod
@@ -105,21 +108,35 @@ class Recipe(BaseModel):
 
     target:               "cpu", "cuda" or "tensorrt", or a TOML file or table with a target of your own
                           (``qdqtool targets --show NAME`` prints one to start from); stored as a table.
-    precision:            "w8a8": weights and activations in 8 bits; "w8a16", "w4a16" or "w2a16": weights alone in so
-                          many bits, activations as they are in the model; "fp16": no integers, all in float16.
+    precision:            "w8a8": weights and activations in 8 bits; "w4a8", "w4a4", "w8a4" or "w2a8": in so many;
+                          "w8a16", "w4a16" or "w2a16": weights alone in so many bits, activations as they are in the
+                          model; "fp16": no integers, all in float16.
+    storage:              codes of fewer than 8 bits beside quantized activations: "packed": in types of 4 bits, the
+                          smallest file; "int8": the same codes in 8 bits, which integer kernels take.
+    first_last_8bit:      the first and the last layer have 8 bits; default: so with w4a4.
     block_size:           weights alone: so many elements along the inputs share a scale, a power of two from 16 to 256;
                           default: 32 where the target takes blocks of that precision, else a scale for each channel.
     weight_symmetric:     weights alone: no zero point; default: so for 8 and 4 bits, with one for 2 bits.
     float16:              with weights alone in integers: everything else in float16.
     keep_io_types:        a model turned into float16 keeps its inputs and outputs in float32.
     calibrator:           name, or a table with name and options.
-    weight_calibrator:    "minmax": weights cover all their values.
+    weight_calibrator:    "minmax": weights cover all their values; "mse": each scale makes the least squared error;
+                          "auto": mse for 2 bits, of which else most were 0, and minmax for more.
+    weight_rounding:      "nearest"; "stochastic": up or down by chance, seeded; "gptq": so that the layer's outputs err
+                          least on calibration data; "auto": gptq up to 4 bits, else nearest.
+    weight_correction:    scale each channel of a weight of up to 4 bits so that it keeps its norm.
     per_channel:          weights get a scale for each output channel.
+    activation_per_channel: activations get a scale for each channel, and no integer kernel.
     op_types_to_quantize: operators that may be quantized; default: all that the target runs in integers.
     nodes_to_quantize:    regular expressions on whole node names; only these are quantized.
     nodes_to_exclude:     regular expressions on whole node names; these stay float.
     tensors, nodes:       overrides by whole tensor name, or by regular expression on whole node names (their inputs).
     samples:              number of calibration samples, chosen by content; default: all.
+    equalization:         rescale consecutive layers so that their weights' channels are alike; default: where weights
+                          have one scale, that is without per_channel.
+    smoothing:            make the channels of activations alike: "free": by factors that LayerNormalization, MatMul and
+                          Gemm around them take up; "inputs" (default): by a Mul behind model inputs, where that is
+                          worth a bit; "all"; "off".
     bias_correction:      shift biases so that every layer keeps its mean on calibration data.
     reduce_range:         7-bit weights, for x86 processors without VNNI, whose 16-bit sums of u8 x s8 saturate.
     seed:                 of everything that is random.
@@ -131,20 +148,27 @@ class Recipe(BaseModel):
     model_config = _STRICT
 
     target: Annotated[str | Target, PlainValidator(_as_target), PlainSerializer(_target_value)] = "cuda"
-    precision: Literal["w8a8", "w8a16", "w4a16", "w2a16", "fp16"] = "w8a8"
+    precision: Literal["w8a8", "w4a8", "w4a4", "w8a4", "w2a8", "w8a16", "w4a16", "w2a16", "fp16"] = "w8a8"
+    storage: Storage = "packed"
+    first_last_8bit: bool | None = None
     block_size: int | None = None
     weight_symmetric: bool | None = None
     float16: bool = False
     keep_io_types: bool = True
     calibrator: Annotated[Choice, BeforeValidator(_as_choice)] = Choice(name="mse")
-    weight_calibrator: Literal["minmax"] = "minmax"
+    weight_calibrator: Literal["auto", "minmax", "mse"] = "auto"
+    weight_rounding: Literal["auto", "nearest", "stochastic", "gptq"] = "auto"
+    weight_correction: bool = False
     per_channel: bool = True
+    activation_per_channel: bool = False
     op_types_to_quantize: Names | None = None
     nodes_to_quantize: Names | None = None
     nodes_to_exclude: Names = ()
     tensors: dict[str, Override] = Field(default_factory=dict)
     nodes: dict[str, Override] = Field(default_factory=dict)
     samples: Annotated[int, Field(ge=1)] | None = None
+    equalization: bool | None = None
+    smoothing: Literal["off", "free", "inputs", "all"] = "inputs"
     bias_correction: bool = True
     reduce_range: bool = False
     seed: int = 0
@@ -184,9 +208,39 @@ class Recipe(BaseModel):
         return self.float16 or self.precision == "fp16"
 
     @property
+    def equalized(self) -> bool:
+        """Whether consecutive layers are rescaled: only where activations are quantized."""
+        return self.needs_data and (not self.per_channel if self.equalization is None else self.equalization)
+
+    @property
     def needs_data(self) -> bool:
         """Whether ranges of activations are wanted, which only calibration data or statistics tell."""
-        return self.precision == "w8a8"
+        return self.precision in INTEGER_PRECISIONS
+
+    @property
+    def bits(self) -> Precision:
+        """Bits of weights and activations where both are quantized; 8 and 8 for other precisions."""
+        return Precision.of(self.precision) if self.needs_data else Precision()
+
+    @property
+    def few_bits(self) -> bool:
+        """Whether some weights beside quantized activations may have so few bits that their rounding matters."""
+        overrides = [*self.tensors.values(), *self.nodes.values()]
+        named = [Precision.of(o.precision).few for o in overrides if o.precision is not None]
+        typed = [FORMATS[o.dtype].bits <= FEW_BITS for o in overrides if o.dtype is not None]
+        return self.needs_data and any([self.bits.few, *named, *typed])
+
+    @property
+    def rounding(self) -> Literal["nearest", "stochastic", "gptq"]:
+        """How weights are rounded: "nearest", "stochastic" or "gptq"; with "auto", weights of few bits alone."""
+        if self.weight_rounding != "auto":
+            return self.weight_rounding
+        return "gptq" if self.few_bits else "nearest"
+
+    @property
+    def ends_in_8_bits(self) -> bool:
+        """Whether the first and the last layer have 8 bits."""
+        return self.precision == "w4a4" if self.first_last_8bit is None else self.first_last_8bit
 
     @property
     def weight_format(self) -> Format:
@@ -203,10 +257,16 @@ class Recipe(BaseModel):
         wanted = [o.dtype for o in (*self.tensors.values(), *self.nodes.values()) if o.dtype is not None]
         if self.needs_data:
             wanted.append(target(self.target).activation)
-        formats = [self.weight_format, *(FORMATS[name] for name in wanted)]
+        formats = [self.weight_format, *(FORMATS[name] for name in wanted), *self._narrow_formats()]
         bits = self.weight_bits
         scales = BASE_OPSET if bits is None else _BLOCKS if self.block_of(bits) else _FLOAT16_SCALES
         return max([scales, *(one.min_opset for one in formats)])
+
+    def _narrow_formats(self) -> Iterator[Format]:
+        """Types of weights beside quantized activations."""
+        overrides = (o.precision for o in self.nodes.values() if o.precision is not None)
+        for name in (self.precision, *overrides) if self.needs_data else ():
+            yield weight_spec(self.weight_format, Precision.of(name).weights, self.storage).format
 
     @classmethod
     def of(cls, values: Mapping[str, object]) -> Recipe:

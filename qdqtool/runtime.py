@@ -16,6 +16,7 @@ from typing import Any, Final
 import numpy.typing as npt
 import onnx
 
+from qdqtool import foreign
 from qdqtool import model as models
 from qdqtool.errors import ModelError, RuntimeUnavailableError
 
@@ -28,6 +29,8 @@ WITHOUT_OPTIMIZERS: Final = "optimization.disable_specified_optimizers"
 """Session configuration: optimizers that are left out, parted by semicolons."""
 BIAS_OPTIMIZER: Final = "WeightBiasQuantization"
 """The optimizer that turns float biases into int32, for which CUDA has no kernel: they would be copied at every run."""
+WIDE_SUMS: Final = {"session.x64quantprecision": "1"}
+"""Session configuration: integer products on x86 are added in 32 bits also where that is slower than in 16."""
 STUB: Final = "qdqtool_stub"
 """Symbol of a driver library without a device behind it, with which models are partitioned and never run."""
 
@@ -39,16 +42,18 @@ def session(
     optimize: bool = True,
     threads: int = 0,
     config: Mapping[str, str] | None = None,
+    provider_options: Mapping[str, str] | None = None,
     optimized_path: str | Path | None = None,
 ) -> Any:
     """Create an ``onnxruntime.InferenceSession`` that prints nothing of its own.
 
     Args:
-        proto: the model; over 2 GB it is handed over through a temporary file.
+        proto: the model; a large one is handed over through a temporary file, whose tensors the runtime reads in place.
         provider: a key of :data:`PROVIDERS`, already known to load (see :func:`resolve_provider`).
         optimize: all graph optimizations (integer kernels), or none (every node as written).
         threads: intra-op threads; 0 leaves the choice to the runtime.
         config: session configuration entries.
+        provider_options: of the provider that comes first.
         optimized_path: where the runtime saves the graph it really runs.
 
     Raises:
@@ -69,15 +74,17 @@ def session(
         options.add_session_config_entry(key, value)
     if optimized_path is not None:
         options.optimized_model_filepath = str(optimized_path)
-        if not models.fits_protobuf(proto):
+        if models.is_large(proto):
             name = f"{Path(optimized_path).name}.data"
             options.add_session_config_entry("session.optimized_model_external_initializers_file_name", name)
+    first, *others = PROVIDERS[provider]
+    providers = [(first, dict(provider_options or {})), *others]
     try:
-        if models.fits_protobuf(proto):
-            return ort.InferenceSession(proto.SerializeToString(), options, providers=list(PROVIDERS[provider]))
+        if not models.is_large(proto):
+            return ort.InferenceSession(proto.SerializeToString(), options, providers=providers)
         with tempfile.TemporaryDirectory(prefix="qdqtool-") as folder:
             path = models.save(proto, Path(folder) / "model.onnx", external_data=True)
-            return ort.InferenceSession(str(path), options, providers=list(PROVIDERS[provider]))
+            return ort.InferenceSession(str(path), options, providers=providers)
     except Exception as error:  # the runtime's own exceptions share no base but Exception
         raise ModelError(f"ONNX Runtime {ort.__version__} does not load the model: {error}") from error
 
@@ -89,11 +96,17 @@ def run(active: Any, names: Sequence[str] | None, feeds: Mapping[str, npt.NDArra
     """
     half = {given.name for given in active.get_inputs() if given.type == "tensor(float16)"}
     fed = {k: v.astype("float16") if k in half and v.dtype == "float32" else v for k, v in feeds.items()}
+    start = foreign.run if foreign.is_needed(active) else type(active).run
     try:
-        outputs: list[npt.NDArray[Any]] = active.run(names, fed)
+        outputs: list[npt.NDArray[Any]] = start(active, names, fed)
     except Exception as error:  # as in session()
         raise _cannot_run(feeds, error) from error
-    return outputs
+    return outputs if names is None else outputs[: len(names)]  # an empty list makes the runtime give all
+
+
+def comparable(active: Any) -> list[str]:
+    """Names of the outputs that are tensors of numbers; text, sequences, maps and optionals are none."""
+    return [one.name for one in active.get_outputs() if one.type.startswith("tensor(") and one.type != "tensor(string)"]
 
 
 def run_bound(active: Any, places: Mapping[str, str], feeds: Mapping[str, npt.NDArray[Any]]) -> list[Any]:
@@ -113,7 +126,10 @@ def run_bound(active: Any, places: Mapping[str, str], feeds: Mapping[str, npt.ND
     try:
         binding = active.io_binding()
         for name, value in feeds.items():
-            binding.bind_cpu_input(name, value)
+            if foreign.is_foreign(value.dtype):
+                binding.bind_ortvalue_input(name, foreign.to_runtime(value))
+            else:
+                binding.bind_cpu_input(name, value)
         for name, place in places.items():
             binding.bind_output(name, place)
         active.run_with_iobinding(binding)

@@ -49,7 +49,7 @@ class Selection:
         recipe = state.recipe
         self._origins = state.origins
         self._user_tensors = state.user_tensors
-        names = state.user_nodes | {node.name for node in state.graph.nodes}
+        names = state.user_nodes | graphs.node_names(state.graph)
         self._excluded = match_names(recipe.nodes_to_exclude, names, "nodes_to_exclude")
         chosen = recipe.nodes_to_quantize
         self._chosen = None if chosen is None else match_names(chosen, names, "nodes_to_quantize")
@@ -60,7 +60,7 @@ class Selection:
         self._check_operators(state)
 
     def _check_operators(self, state: State) -> None:
-        known = set(state.target.by_op) | {node.op for node in state.graph.nodes}
+        known = set(state.target.by_op) | {node.op for node in graphs.all_nodes(state.graph)}
         for op in self._ops or ():
             if op not in known:
                 raise RecipeError(
@@ -95,6 +95,10 @@ class Selection:
     def overrides(self, tensor: gs.Tensor) -> bool:
         """Whether the user overrides the tensor by its name."""
         return tensor.name in self._tensors
+
+    def asked_for(self, node: gs.Node) -> bool:
+        """Whether the user names the node among those to quantize, or overrides it."""
+        return self._chosen is not None or self.node_override(node) is not None
 
     def left_out(self, node: gs.Node) -> str | None:
         """Why the user leaves the node float; None where they do not."""

@@ -152,6 +152,7 @@ class QuantSpec:
         fixed: a range (lo, hi) that is set by the user and not chosen by a calibrator.
         bound: an interval that the values provably never leave (Clip, Sigmoid); the chosen range is kept inside it.
         bits: codes use only so many bits of the format (7-bit weights in int8); None: all.
+        headroom: the chosen range is widened by this factor, for values beyond those that were observed.
     """
 
     format: Format
@@ -161,6 +162,7 @@ class QuantSpec:
     fixed: tuple[float, float] | None = None
     bound: tuple[float, float] | None = None
     bits: int | None = None
+    headroom: float = 1.0
 
     @property
     def qmin(self) -> int:

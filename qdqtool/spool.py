@@ -41,11 +41,11 @@ class Spool:
                 return None
             # Read back even on the first pass: a generator may fill the same buffer again for its next feed.
             self._file.seek(self._starts[index])
-            return {name: self._read().view(dtype) for name, dtype in self._dtypes.items()}
+            return {name: self._read(dtype) for name, dtype in self._dtypes.items()}
 
-    def _read(self) -> np.ndarray:
+    def _read(self, dtype: np.dtype) -> np.ndarray:
         array: np.ndarray = np.lib.format.read_array(self._file, allow_pickle=False)
-        return array
+        return array if dtype == np.object_ else array.view(dtype)
 
     def _pull(self) -> bool:
         """Append the next feed to the file; False at the end."""
@@ -55,10 +55,10 @@ class Spool:
             feeds = next(self._feeds, None)
             if feeds is not None:
                 start = self._file.seek(0, os.SEEK_END)
-                for name in self._dtypes:
+                for name, dtype in self._dtypes.items():
                     # As bare bytes: .npy has no names for ml_dtypes, and cannot even read back a float8_e5m2.
-                    raw = feeds[name].view(f"V{feeds[name].itemsize}")
-                    np.lib.format.write_array(self._file, raw, allow_pickle=False)
+                    bare = feeds[name] if dtype == np.object_ else feeds[name].view(f"V{feeds[name].itemsize}")
+                    np.lib.format.write_array(self._file, bare, allow_pickle=False)
                 self._starts.append(start)
         except BaseException as error:
             # A generator that raised is exhausted: the next pass would take what is there for everything.

@@ -15,6 +15,7 @@ from typing import Final
 
 import onnx
 
+from qdqtool.bodies import expose
 from qdqtool.errors import DataError
 from qdqtool.report.units import count, size
 
@@ -128,6 +129,7 @@ def measuring(proto: onnx.ModelProto, tensors: Sequence[str]) -> onnx.ModelProto
     model = onnx.ModelProto()
     model.CopyFrom(proto)
     del model.graph.output[:]
+    expose(model.graph, dict.fromkeys(tensors, onnx.TensorProto.FLOAT))
     for name in tensors:
         model.graph.node.append(onnx.helper.make_node("Size", [name], [size_name(name)]))
         model.graph.output.append(onnx.helper.make_tensor_value_info(size_name(name), onnx.TensorProto.INT64, []))

@@ -244,13 +244,15 @@ def _contradictions(found: Target) -> Iterator[str]:
 def _wrong_rule(rule: OpRule) -> Iterator[str]:
     import onnx
 
-    from qdqtool.linear import LINEAR_OPS
+    from qdqtool.linear import LINEAR_OPS, RECURRENT_OPS
 
     if not onnx.defs.has(rule.op):
         ops = {schema.name for schema in onnx.defs.get_all_schemas() if not schema.domain}
         yield f"ONNX has no operator of this name.{nearest(rule.op, ops)}"
-    if rule.weight and rule.op not in LINEAR_OPS:
-        yield f"weight goes with {', '.join(sorted(LINEAR_OPS))} alone"
+    if rule.weight and rule.op not in LINEAR_OPS | RECURRENT_OPS:
+        yield f"weight goes with {', '.join(sorted(LINEAR_OPS | RECURRENT_OPS))} alone"
+    if rule.weight and rule.op in RECURRENT_OPS and (not rule.weight_only or rule.activations != ()):
+        yield "of recurrent layers only the weights can be stored in integers: weight_only = true, activations = []"
     if rule.weight_only and not (rule.weight and rule.output is Emit.NEVER):
         yield 'weight_only goes with weight = true and output = "never"'
     if not rule.kernel and rule.output is not Emit.SAME:

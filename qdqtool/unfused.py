@@ -19,6 +19,7 @@ from qdqtool.target import Emit, OpRule
 
 _BITS = {"int8": 8, "uint8": 8, "int16": 16, "uint16": 16, "int4": 4, "uint4": 4, "int2": 2, "uint2": 2}
 _ABSORBED = frozenset({"Relu", "Clip"})
+_EPSILON = float(np.finfo(np.float32).eps)
 UNKNOWN = "the runtime left it float, and the graph does not tell why"
 
 
@@ -108,11 +109,13 @@ def _redundant(behind: onnx.NodeProto, quantizer: onnx.NodeProto, links: Links) 
         return False
     least = 0 if name.startswith("u") else -(1 << (_BITS[name] - 1))
     offset = 0.0 if zero is None else zero
-    lo, hi = ((code - offset) * scale for code in (least, least + (1 << _BITS[name]) - 1))
+    # As the runtime compares: in float32, and within its epsilon.
+    codes = (least, least + (1 << _BITS[name]) - 1)
+    lo, hi = (float(np.float32((code - offset) * scale)) for code in codes)
     if behind.op_type == "Relu":
         return lo >= 0
     ends = [_value(i, links) for i in (*behind.input[1:], "", "")[:2]]
-    return (ends[0] is None or lo >= ends[0]) and (ends[1] is None or hi <= ends[1])
+    return (ends[0] is None or ends[0] - lo <= _EPSILON) and (ends[1] is None or hi - ends[1] <= _EPSILON)
 
 
 def _same_scale(node: onnx.NodeProto, quantizer: onnx.NodeProto, links: Links) -> bool:

@@ -11,8 +11,12 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from tests.backend.summary import pytest_addoption, pytest_terminal_summary
+
 if TYPE_CHECKING:
     from tests.cuda_stub import CudaStub
+
+__all__ = ["pytest_addoption", "pytest_terminal_summary"]  # hooks of the backend cases; pytest finds them here alone
 
 ROOT = Path(__file__).parents[1]
 ZOO = ROOT.parent / "shared" / "zoo"

@@ -56,7 +56,7 @@ def warm(filled: Path, tmp_path: Path) -> Path:
         {"calibrator": "mse"},
         {"calibrator": {"name": "moving_average", "constant": 0.5}},
         {"tensors": {"r0": {"dtype": "uint16"}}},
-        {"per_channel": False, "reduce_range": True},
+        {"per_channel": False, "equalization": False, "reduce_range": True},
         {"nodes_to_exclude": ["c1"]},
         {"memory": "4kB"},
     ],

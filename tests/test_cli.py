@@ -306,41 +306,50 @@ class TestGate:
         assert quantize(run, "--min-sqnr", "10").exit_code == 0
 
 
-class TestCompare:
+class TestValidate:
     @pytest.fixture(autouse=True)
     def quantized(self, run: Run) -> None:
         assert quantize(run, "-q").exit_code == 0
 
     def test_shows_outputs_tensors_agreement_and_score(self, run: Run) -> None:
-        result = run("compare", "model.onnx", "model.qdq.onnx", "--data", "eval.npz", "--metric", "top1")
+        result = run("validate", "model.onnx", "model.qdq.onnx", "--data", "eval.npz", "--metric", "top1")
         assert result.exit_code == 0, result.output
         for part in ("logits", " dB", "agreement", "top1", "100.00 %", "20 samples", "Tensors in between", "r1"):
             assert part in result.stdout
 
     def test_json_alone(self, run: Run) -> None:
-        result = run("compare", "model.onnx", "model.qdq.onnx", "--data", "eval.npz", "--json", "-q", "--no-tensors")
+        result = run("validate", "model.onnx", "model.qdq.onnx", "--data", "eval.npz", "--json", "-q", "--no-tensors")
         found = json.loads(result.stdout)
         assert found["samples"] == 20
         assert found["tensors"] == {}
         assert result.stderr == ""
 
     def test_equal_models_are_equal(self, run: Run) -> None:
-        result = run("compare", "model.onnx", "model.onnx", "--data", "eval.npz", "--json")
+        result = run("validate", "model.onnx", "model.onnx", "--data", "eval.npz", "--json")
         assert json.loads(result.stdout)["fused"] == {"logits": "inf"}
         assert "equal" in result.stderr
 
     def test_gate(self, run: Run) -> None:
-        result = run("compare", "model.onnx", "model.qdq.onnx", "--data", "eval.npz", "--min-sqnr", "90")
+        result = run("validate", "model.onnx", "model.qdq.onnx", "--data", "eval.npz", "--min-sqnr", "90")
         assert result.exit_code == 1
         assert "below --min-sqnr 90 dB" in result.stderr
         assert "logits" in result.stdout
+
+    def test_every_broken_gate_is_named(self, run: Run) -> None:
+        files = ("validate", "model.onnx", "model.qdq.onnx", "--data", "eval.npz")
+        result = run(*files, "--min-sqnr", "90", "--min-agreement", "1.5", "--metric", "top1", "--max-drop", "-1")
+        assert result.exit_code == 1
+        for part in ("--min-sqnr 90", "--min-agreement 1.5", "top1 loses 0, more than --max-drop -1"):
+            assert part in result.stderr
+        assert run(*files, "--min-agreement", "0.5", "--metric", "top1", "--max-drop", "0.5").exit_code == 0
+        assert run(*files, "--max-drop", "0.5").exit_code == 2
 
     def test_other_models_are_refused(self, run: Run, work: Path) -> None:
         proto = onnx.load(work / "model.qdq.onnx")
         proto.graph.output[0].name = "scores"
         next(n for n in proto.graph.node if "logits" in n.output).output[0] = "scores"
         onnx.save(proto, work / "other.onnx")
-        result = run("compare", "model.onnx", "other.onnx", "--data", "eval.npz")
+        result = run("validate", "model.onnx", "other.onnx", "--data", "eval.npz")
         assert result.exit_code == 2
         assert "no output 'logits'" in result.stderr
 
@@ -402,7 +411,7 @@ class TestProcess:
 
     def test_help_has_examples_and_sections(self, run: Run) -> None:
         listed = [line.split()[0] for line in run("--help").stdout.partition("Commands:\n")[2].splitlines()]
-        assert listed == ["quantize", "compare", "recipe", "observe", "merge", "cache", *LISTS]
+        assert listed == ["quantize", "validate", "recipe", "check", "bench", "observe", "merge", "cache", *LISTS]
         text = run("quantize", "--help").stdout
         assert "Nodes and tensors:" in text
         assert "  qdqtool quantize model.onnx --dry-run --target tensorrt\n" in text

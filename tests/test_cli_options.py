@@ -62,6 +62,7 @@ def test_defaults_in_the_help_are_the_recipe_s() -> None:
         "weight-calibrator": Recipe().weight_calibrator,
         "seed": str(Recipe().seed),
         "bias-correction": "on" if Recipe().bias_correction else "off",
+        "smoothing": Recipe().smoothing,
     }
     for option, default in shown.items():
         found = re.search(rf"--{option} .*?\[default: (.*?)\]", text)

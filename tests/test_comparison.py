@@ -13,10 +13,11 @@ import pytest
 from onnx import numpy_helper
 
 from qdqtool import model as models
-from qdqtool.comparison import Comparison, Sqnr, compare, find_metric
+from qdqtool.comparison import Comparison, compare, find_metric
 from qdqtool.data import open_data
 from qdqtool.errors import DataError, RecipeError
 from qdqtool.fit import Feeds
+from qdqtool.sqnr import Sqnr
 
 Array = npt.NDArray[Any]
 RNG = np.random.default_rng(11)

@@ -237,6 +237,41 @@ def test_text_inputs_have_no_synthetic_samples() -> None:
         open_data("synthetic:1", [info("words", object, 1)])
 
 
+WORDS = [["a", "longer"], ["text", ""]]
+
+
+def test_text_is_taken_as_objects_or_as_numpys_own_type(tmp_path: Path) -> None:
+    inputs = [info("words", object, "N", 2)]
+    np.savez(tmp_path / "words.npz", words=np.array(WORDS))
+    sources: list[Any] = [
+        {"words": np.array(WORDS, object)},
+        {"words": WORDS},
+        [{"words": np.array(WORDS[:1], object)}, {"words": np.array(WORDS[1:])}],
+        iter([{"words": np.array(WORDS[:1], object)}, {"words": np.array(WORDS[1:])}]),
+        tmp_path / "words.npz",
+    ]
+    for source in sources:
+        with open_data(source, inputs) as data:
+            for _ in range(2):
+                assert [feed["words"].tolist() for feed in data] == [WORDS[:1], WORDS[1:]]
+
+
+def test_numbers_are_no_text_and_text_is_no_number() -> None:
+    with pytest.raises(DataError, match="float32 is not converted to object"):
+        open_data({"words": ramp(2, 2)}, [info("words", object, "N", 2)])
+    with pytest.raises(DataError, match="is not converted to float32"):
+        open_data({"x": WORDS}, [info("x", np.float32, "N", 2)])
+
+
+def test_an_input_of_any_rank_takes_whole_feeds() -> None:
+    unranked = InputInfo("x", np.dtype(np.float32), (), ranked=False)
+    assert str(unranked) == "x: float32[...]"
+    found = assert_replays(open_data([{"x": ramp(2, 3)}, {"x": ramp(4)}], [unranked]), 2)
+    assert [feed["x"].shape for feed in found] == [(2, 3), (4,)]
+    with pytest.raises(DataError, match="leaves its rank open; give a list of whole feeds"):
+        open_data({"x": ramp(2, 3)}, [unranked])
+
+
 def npy_bytes(array: np.ndarray) -> bytes:
     file = io.BytesIO()
     np.save(file, array)
@@ -365,7 +400,7 @@ def test_the_name_in_a_pb_file_wins_over_its_number(tmp_path: Path) -> None:
         ({"input_0": ramp(1, 3)}, "ids: missing"),
         ({"input_0": ramp(1, 3), "input_00": ramp(1, 3)}, "another file of this folder is for input 'x'"),
         ({"input_0": ramp(3), "input_1": ramp(1, 3, dtype=np.int64)}, "x: the leading batch axis is missing"),
-        ({"input_0": np.array(["a"], object)}, "'x' holds Python objects"),
+        ({"input_0": np.array([["a"] * 3], object)}, "is not converted to float32"),
     ],
 )
 def test_bad_test_data_sets(tmp_path: Path, files: dict[str, np.ndarray], message: str) -> None:

@@ -114,6 +114,23 @@ def test_a_model_without_opset_counts_as_opset_1() -> None:
     assert model.opset(proto) == 13
 
 
+def test_a_newer_format_version_is_lowered_to_what_the_runtime_loads() -> None:
+    assert model.load(layer(ir=model.MAX_IR + 1)).ir_version == model.MAX_IR
+    assert model.load(layer(ir=7)).ir_version == 7
+
+
+def test_a_model_of_other_domains_alone_gets_a_version_of_the_default_one() -> None:
+    proto = layer()
+    del proto.opset_import[:]
+    proto.opset_import.append(helper.make_opsetid("ai.onnx.ml", 3))
+    with pytest.raises(ModelError, match="uses opset 1"):
+        model.load(proto)  # MatMul is of the default domain
+    proto.graph.node[0].CopyFrom(helper.make_node("Scaler", ["x"], ["y"], domain="ai.onnx.ml", scale=[2.0]))
+    loaded = model.load(proto)
+    assert {entry.domain: entry.version for entry in loaded.opset_import} == {"ai.onnx.ml": 3, "": 13}
+    assert {entry.domain for entry in round_trip(proto).opset_import} == {"ai.onnx.ml", ""}
+
+
 # Inputs
 
 
@@ -123,6 +140,7 @@ def test_inputs_are_what_a_caller_must_feed() -> None:
     proto.graph.input.append(helper.make_tensor_value_info("ids", onnx.TensorProto.INT64, [None, 2, "T"]))
     found = model.inputs(proto)
     assert [str(info) for info in found] == ["x: float32[N, 3]", "ids: int64[?, 2, T]"]
+    assert all(info.ranked for info in found)
     assert found[0].dtype == np.float32
 
 

@@ -220,7 +220,7 @@ def test_a_plan_needs_no_data() -> None:
     assert state.plan is not None
     assert set(state.plan.kernels) >= {"branch", "head"}
     assert state.statistics is None
-    assert timings[-1].pass_name == "plan"
+    assert timings[-1].pass_name == "plan-smoothing"
 
 
 def test_the_callback_sees_every_pass_and_its_errors_name_it() -> None:

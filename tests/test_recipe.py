@@ -135,6 +135,8 @@ overrides = st.fixed_dictionaries(
             "tensors": st.dictionaries(names, overrides, max_size=3),
             "op_types_to_quantize": st.lists(names, max_size=3),
             "bias_correction": st.booleans(),
+            "equalization": st.one_of(st.none(), st.booleans()),
+            "smoothing": st.sampled_from(["off", "free", "inputs", "all"]),
             "external_data": st.one_of(st.none(), st.booleans()),
         },
     )

@@ -8,10 +8,11 @@ from collections.abc import Mapping
 from rich.console import RenderableType
 from rich.text import Text
 
+from qdqtool.macs import Macs
 from qdqtool.partition import Partition
 from qdqtool.placement import Placement, is_integer_kernel
 from qdqtool.report.layout import by_reason, head, operators
-from qdqtool.report.units import count, listed
+from qdqtool.report.units import count, listed, quantity
 from qdqtool.report.values import Report
 from qdqtool.runtime import PROVIDERS
 from qdqtool.target import Target, known_target
@@ -51,7 +52,15 @@ def integers(report: Report) -> list[RenderableType]:
         parts = [head("In integers", runs), Text(f"  {operators(found)}")]
         parts += [Text(f"  others: {operators(others)}", style="dim")] if others else []
         parts += _verified(report.placement) if report.placement is not None else []
-    return [*parts, *_partition(report.partition)]
+    return [*parts, *_work(report.macs), *_partition(report.partition)]
+
+
+def _work(macs: Macs | None) -> list[RenderableType]:
+    """How much of the arithmetic the integer kernels do."""
+    if macs is None or not macs.total:
+        return []
+    missing = f"; {count(len(macs.unknown), 'layer')} of unknown shape left out" if macs.unknown else ""
+    return [Text(f"  {macs.share:.1%} of {quantity(macs.total)} multiply-accumulates a sample{missing}", style="dim")]
 
 
 def _unverified(target: Target, report: Report) -> str:

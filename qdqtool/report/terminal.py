@@ -15,6 +15,7 @@ from rich.text import Text
 from qdqtool.comparison import Comparison
 from qdqtool.passes_api import Skip, State, Timing
 from qdqtool.plan import DerivedFrom, Entry, SharedWith
+from qdqtool.precision import INTEGER_PRECISIONS
 from qdqtool.report import calibration
 from qdqtool.report.layout import by_reason, grid, head, more, operators
 from qdqtool.report.placed import fits, integers, target_of
@@ -65,15 +66,18 @@ def quantization(
 
 
 def comparison(found: Comparison, *, reference: str, quantized: str) -> RenderableType:
-    """What ``compare`` shows."""
+    """What ``validate`` shows."""
     title = Text.assemble((f"{reference} against {quantized}", "bold"), f"   {count(found.samples, 'sample')}")
     parts: list[RenderableType] = [title, *_sqnr([("", found)], found.provider), *_score(found)]
+    parts += [] if found.warning is None else [Text(found.warning, style="yellow")]
     if found.tensors:
-        table = grid(2)
-        rows = sorted(found.tensors.items(), key=lambda item: item[1])
+        table = grid(3)
+        table.add_row(*(Text(title, style="dim") for title in ("tensor", "alone", "with all before")))
+        rows = sorted(found.tensors.items(), key=lambda item: found.local.get(item[0], item[1]))
         for name, value in rows[:OUTPUTS]:
-            table.add_row(Text(name), db(value))
-        parts += [head("Tensors in between", "the worst first; first samples only, emulated"), table]
+            alone = found.local.get(name)
+            table.add_row(Text(name), "" if alone is None else db(alone), db(value))
+        parts += [head("Tensors in between", "the worst layers first; first samples only, emulated"), table]
         parts += more(len(rows) - OUTPUTS, "tensor", "--json lists all")
     return Group(*parts)
 
@@ -123,7 +127,7 @@ def _settings(recipe: Mapping[str, object]) -> str:
     chosen = ", ".join(f"{name} {value}" for name, value in calibrator.items() if name != "name")
     method = [f"calibrator {calibrator['name']}" + (f" ({chosen})" if chosen else "")]
     more = [f"{name} {value}" for name, value in recipe.items() if name not in ("target", "precision", "calibrator")]
-    used = method if recipe["precision"] == "w8a8" else []
+    used = method if recipe["precision"] in INTEGER_PRECISIONS else []
     return ", ".join([f"target {target_of(recipe).name}", str(recipe["precision"]), *used, *more])
 
 
@@ -188,6 +192,10 @@ def _score(found: Comparison) -> list[RenderableType]:
             f"{difference:+.2f} points" if is_share else f"{difference:+.4g}",
         )  # fmt: skip
     parts: list[RenderableType] = [Text(""), table] if table.row_count else []
+    if found.difference is not None:
+        chance = "more than chance" if found.difference.significant else "may be chance"
+        interval = f"{found.difference.lo:+.2f} to {found.difference.hi:+.2f}"
+        parts.append(Text(f"  95 % interval {interval}, p = {found.difference.p:.3f}: {chance}", style="dim"))
     if found.agreement is not None:
         share = f"  agreement {percent(100 * found.agreement)} of {count(found.samples, 'sample')}"
         parts.append(Text.assemble(share, ("  (greatest entry of the first output at the same place)", "dim")))

@@ -27,6 +27,15 @@ def size(number: int) -> str:
     return f"{value:.{1 if value < 99.95 else 0}f} {('kB', 'MB', 'GB', 'TB')[power - 1]}"
 
 
+def quantity(number: int) -> str:
+    """A large number of anything: ``9,120``, ``1.3 million``, ``12 billion``."""
+    power = sum(number >= 999.5 * 1000**p for p in (1, 2, 3))
+    if power == 0:
+        return f"{number:,}"
+    value = number / 1000 ** (power + 1)
+    return f"{value:.{1 if value < 9.95 else 0}f} {('million', 'billion', 'trillion')[power - 1]}"
+
+
 def duration(seconds: float) -> str:
     """Wall time."""
     if seconds < 0.0005:

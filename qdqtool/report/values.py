@@ -16,6 +16,7 @@ import qdqtool
 from qdqtool import model as models
 from qdqtool.adequacy import Adequacy, assess
 from qdqtool.comparison import Comparison
+from qdqtool.macs import Macs, count
 from qdqtool.partition import Partition
 from qdqtool.passes_api import Skip, State, Timing
 from qdqtool.placement import Placement, is_integer_kernel
@@ -85,6 +86,9 @@ class Report:
     partition: Partition | None = field(default=None)
     """Which execution provider runs which node; None where all ran on the CPU."""
 
+    macs: Macs | None = field(default=None)
+    """The work of each layer, and which of them do it in integers."""
+
     @property
     def integer_kernels(self) -> int:
         """Operators that the runtime runs on integer codes."""
@@ -138,6 +142,7 @@ def make_report(state: State, proto: onnx.ModelProto, timings: tuple[Timing, ...
         timings=timings,
         calibration=_calibration(state, synthetic=synthetic),
         placement=state.placement,
+        macs=_macs(state, proto),
         partition=state.partition,
     )
 
@@ -145,6 +150,13 @@ def make_report(state: State, proto: onnx.ModelProto, timings: tuple[Timing, ...
 def _calibration(state: State, *, synthetic: bool) -> Adequacy | None:
     """What the data are worth; that synthetic ones are random need not be found out."""
     return None if state.statistics is None else assess(state.statistics, () if synthetic else state.held)
+
+
+def _macs(state: State, proto: onnx.ModelProto) -> Macs:
+    """The work of each layer on one sample; where the runtime was not asked, what is planned for integers."""
+    assert state.plan is not None
+    running = state.plan.kernels if state.placement is None else state.placement.kernels
+    return count(proto, running.keys() - state.plan.weight_only, state.held[0].feeds if state.held else None)
 
 
 def _version(package: str) -> str:

@@ -190,6 +190,16 @@ def test_an_invalid_result_is_refused(passes: Any) -> None:
         RaiseOpset().run(passes.state(onnx.parser.parse_model(source)))
 
 
+def test_a_scan_with_a_batch_axis_is_refused_by_name(passes: Any) -> None:
+    source = """<ir_version: 6, opset_import: ["" : 8]> g (float[1, 2] i, float[1, 3, 2] x)
+            => (float[1, 2] y, float[1, 3, 2] z) {
+        [sum] y, z = Scan <num_scan_inputs = 1, body = b (float[2] a, float[2] n) => (float[2] s, float[2] o)
+            { s = Add(a, n) o = Identity(s) }> ("", i, x)
+    }"""
+    with pytest.raises(ModelError, match="Scan 'sum' of opset 8 cannot be raised: its batch axis has no successor"):
+        RaiseOpset().run(passes.state(onnx.parser.parse_model(source)))
+
+
 def test_new_operands_are_initializers_and_the_axis_known_to_be_last_needs_no_reshape(passes: Any) -> None:
     proto, _ = passes(
         """<ir_version: 6, opset_import: ["" : 9]> g (float[N, 5, 4] x) => (float[N, 5, 4] y) {

@@ -361,16 +361,6 @@ def test_a_weight_that_is_not_finite_stays_float_and_is_named(value: float) -> N
     assert reasons(result)["c"] == "its constant 'w0' holds NaN or infinite values"
 
 
-@pytest.mark.parametrize("target", TARGETS)
-def test_a_float16_model_stays_as_it_is_and_every_layer_is_named(target: str) -> None:
-    values = {name: (value * np.float32(1e-5)).astype(np.float16) for name, value in conv_values(2).items()}
-    body = f"{conv('c', 'x')} r = Relu(c) {conv('y', 'r', 1)}"
-    proto = parse(body, "float16[N, 8, 8, 8] x", "float16[N, 8, 8, 8] y", values)
-    result = quantized(proto, target=target)
-    assert {reasons(result)[node] for node in "cy"} == {"'x' is float16, not float32", "'r' is float16, not float32"}
-    assert worst(proto, result) == np.inf
-
-
 @pytest.mark.parametrize(
     ("fields", "message"),
     [

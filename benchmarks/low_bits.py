@@ -1,0 +1,109 @@
+"""Scores of models with 4-bit weights and activations on real models, method by method, as a Markdown table.
+
+    python -m benchmarks.low_bits [--precision w4a4 ...] [--target cpu] [--zoo DIR] [case ...]
+
+The first and the last layer have 8 bits everywhere. *Naive* is min-max, nearest rounding, a scale for each output
+channel of a weight; the change is against float, paired over the evaluation samples, with its 95 % confidence interval;
+what is won back is the share of the loss of naive with one scale for each activation.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+import qdqtool
+from benchmarks.accuracy_8bit import sqnr
+from benchmarks.zoo import DEFAULT, load_zoo
+
+PRECISIONS = ("w8a4", "w4a8", "w4a4")
+CASES = ("resnet20_cifar10", "mobilenetv2_small_cifar10", "mobilenetv1_vww")
+NAIVE = "naive"
+_PLAIN: dict[str, Any] = {"calibrator": "minmax", "weight_rounding": "nearest", "bias_correction": False}
+_CHANNELS = {"activation_per_channel": True}
+METHODS: dict[str, dict[str, Any]] = {
+    NAIVE: _PLAIN,
+    "naive, activations per channel": {**_PLAIN, **_CHANNELS},
+    "ACIQ, activations per channel": {**_PLAIN, **_CHANNELS, "calibrator": "aciq"},
+    "naive + bias correction": {**_PLAIN, "bias_correction": True},
+    "naive + bias correction, norm of weights": {**_PLAIN, "bias_correction": True, "weight_correction": True},
+    "ACIQ + bias correction, activations per channel": {
+        **_PLAIN,
+        **_CHANNELS,
+        "calibrator": "aciq",
+        "bias_correction": True,
+    },
+    "naive + GPTQ": {**_PLAIN, "weight_rounding": "gptq"},
+    "all: mse ranges, GPTQ, bias correction": {},
+    "all, weight scales by mse": {"weight_calibrator": "mse"},
+    "all, minmax per channel of activations": {**_CHANNELS, "calibrator": "minmax"},
+}
+
+
+@dataclass(frozen=True)
+class Row:
+    """One quantized model: score in percent, change with half its confidence interval, SQNR in dB, size, seconds."""
+
+    method: str
+    score: float
+    change: float
+    margin: float
+    sqnr_db: float
+    size: float
+    kernels: int
+    seconds: float
+
+
+def measure(zoo: Any, case: Any, before: Any, method: str, fields: dict[str, Any]) -> Row:
+    start = time.perf_counter()
+    result = qdqtool.quantize(
+        str(case.model), zoo.feeds(case, 100), **fields, **METHODS[method], provider="cpu", cache=False
+    )
+    seconds = time.perf_counter() - start
+    after = zoo.run(result.model.SerializeToString(), case)
+    difference = 100.0 * (case.correct(after).astype(float) - case.correct(before).astype(float))
+    margin = 1.96 * float(difference.std(ddof=1)) / np.sqrt(difference.size)
+    sizes = result.report.sizes
+    return Row(method, case.score(after), float(difference.mean()), margin, sqnr(before[0], after[0]),
+               sizes.quantized_bytes / sizes.float_bytes, result.report.integer_kernels, seconds)  # fmt: skip
+
+
+def show(precision: str, row: Row, naive_change: float) -> str:
+    won = "" if row.method == NAIVE or naive_change >= 0 else f"{100 * (1 - row.change / naive_change):.0f} %"
+    change = f"{row.change:+.2f} ± {row.margin:.2f}"
+    figures = f"{row.score:.2f} | {change} | {won} | {row.sqnr_db:.2f} | {row.size:.2f} | {row.kernels}"
+    return f"| {precision} | {row.method} | {figures} | {row.seconds:.1f} |"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--zoo", default=DEFAULT, type=Path)
+    parser.add_argument("--target", default="cpu")
+    parser.add_argument("--storage", default="packed")
+    parser.add_argument("--precision", action="append", choices=[*PRECISIONS, "w2a8"])
+    parser.add_argument("cases", nargs="*")
+    options = parser.parse_args()
+    zoo = load_zoo(options.zoo)
+    for name in options.cases or CASES:
+        case = zoo.load(name)
+        before = zoo.run(case.model, case)
+        print(f"\n{name}, float {case.score(before):.2f}\n")
+        print("| precision | method | score | change | won back | SQNR dB | size | integer kernels | s |")
+        print("|---|---|---|---|---|---|---|---|---|", flush=True)
+        for precision in options.precision or PRECISIONS:
+            fields = {"target": options.target, "storage": options.storage, "precision": precision}
+            fields["first_last_8bit"] = True
+            naive_change = 0.0
+            for method in METHODS:
+                row = measure(zoo, case, before, method, fields)
+                naive_change = row.change if method == NAIVE else naive_change
+                print(show(precision, row, naive_change), flush=True)
+
+
+if __name__ == "__main__":
+    main()
