@@ -24,13 +24,13 @@ import numpy as np
 import onnx
 
 from benchmarks.zoo import DEFAULT, load_zoo
-from qdqtool import model as models
 from qdqtool import pipeline, registry, runtime
 from qdqtool.calibrator_api import choose
-from qdqtool.collect import Collected, collect
-from qdqtool.data import open_data
-from qdqtool.plan import Plan
-from qdqtool.statistics import TensorStatistics
+from qdqtool.data.source import open_data
+from qdqtool.graphs import model as models
+from qdqtool.observation.collect import Collected, collect
+from qdqtool.planning.plan import Plan
+from qdqtool.statistics.tensor import TensorStatistics
 
 CASES = ["resnet56_cifar10", "tiny_darknet_imagenet", "kwt1_kws"]
 SAMPLES = 100
@@ -176,8 +176,8 @@ def print_peak(zoo: Any, name: str, samples: int) -> None:
         }
         np.savez(path, **noisy)
         script = (
-            "import onnx; from qdqtool import model as m; from qdqtool.data import open_data; "
-            "from qdqtool.collect import collect; from qdqtool import runtime; "
+            "import onnx; from qdqtool.graphs import model as m; from qdqtool.data.source import open_data; "
+            "from qdqtool.observation.collect import collect; from qdqtool import runtime; "
             f"proto = onnx.load({str(Path(folder) / 'model.onnx')!r}); runtime.session(proto); "
             "open('/proc/self/clear_refs', 'w').write('5'); "  # the peak from here on
             "kib = lambda key: int([l for l in open('/proc/self/status') if l.startswith(key)][0].split()[1]); "

@@ -12,9 +12,9 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
-from qdqtool import model as models
 from qdqtool import pipeline
-from qdqtool.data import open_data
+from qdqtool.data.source import open_data
+from qdqtool.graphs import model as models
 from qdqtool.passes import ChooseRanges, InsertQdq, Observe, PlanQuantization
 from qdqtool.passes_api import Fact, Pass, PassManager
 

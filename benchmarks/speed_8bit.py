@@ -22,7 +22,7 @@ import onnx
 import qdqtool
 from benchmarks.zoo import DEFAULT, load_zoo
 from qdqtool import runtime
-from qdqtool.placement import load_and_count
+from qdqtool.verification.placement import load_and_count
 
 CASES = ["resnet8_cifar10", "resnet20_cifar10", "resnet56_cifar10", "mobilenetv2_small_cifar10", "mobilenetv2_imagenet",
          "tiny_darknet_imagenet"]  # fmt: skip

@@ -1,8 +1,8 @@
 """ACIQ with the prior that suits the tensor: the clip of a Laplace or of a Gaussian distribution.
 
 Banner et al. choose the prior by its distance to the data. What a prior is wanted for is its clip, so the two clips
-are compared by the squared error each makes on the histogram (:func:`qdqtool.affine.expected_error`); on data of
-either distribution that finds the distribution.
+are compared by the squared error each makes on the histogram (:func:`qdqtool.arithmetic.affine.expected_error`); on
+data of either distribution that finds the distribution.
 """
 
 from __future__ import annotations
@@ -13,13 +13,13 @@ from typing import ClassVar, Final
 
 import numpy as np
 
-from qdqtool.affine import expected_error
+from qdqtool.arithmetic.affine import expected_error
 from qdqtool.calibrator_api import Calibrator, Stat, choose
 from qdqtool.calibrators.aciq_gauss import AciqGauss
 from qdqtool.calibrators.aciq_laplace import AciqLaplace
-from qdqtool.distribution import ChannelPriors
 from qdqtool.spec import QuantSpec, Range
-from qdqtool.statistics import TensorStatistics
+from qdqtool.statistics.distribution import ChannelPriors
+from qdqtool.statistics.tensor import TensorStatistics
 
 _BETWEEN: Final = (math.sqrt(1 / 2) + math.sqrt(2 / math.pi)) / 2
 

@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from qdqtool.calibrator_api import Stat
-from qdqtool.distribution import ChannelPriors, Side, is_zero, laplace_clip, mean_deviation, nonzero, within
 from qdqtool.spec import QuantSpec, Range
-from qdqtool.statistics import TensorStatistics
+from qdqtool.statistics.distribution import ChannelPriors, Side, is_zero, laplace_clip, mean_deviation, nonzero, within
+from qdqtool.statistics.tensor import TensorStatistics
 
 
 @dataclass(frozen=True)

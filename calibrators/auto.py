@@ -6,12 +6,12 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import ClassVar, Final
 
-from qdqtool.affine import expected_error
+from qdqtool.arithmetic.affine import expected_error
 from qdqtool.calibrator_api import Calibrator, Stat, choose
 from qdqtool.errors import RecipeError
 from qdqtool.registry import catalogue, make
 from qdqtool.spec import QuantSpec, Range
-from qdqtool.statistics import TensorStatistics
+from qdqtool.statistics.tensor import TensorStatistics
 
 _ON_REQUEST: Final = frozenset({"ifmr", "hfmg"})
 """They look for the least of the error that mse finds the least of, among fewer ranges, and would only cost time."""

@@ -20,10 +20,10 @@ from typing import ClassVar
 import numpy as np
 
 from qdqtool.calibrator_api import Stat
-from qdqtool.distribution import Side, is_zero, within
-from qdqtool.histogram import Bins
 from qdqtool.spec import FloatArray, QuantSpec, Range
-from qdqtool.statistics import TensorStatistics
+from qdqtool.statistics.distribution import Side, is_zero, within
+from qdqtool.statistics.histogram import Bins
+from qdqtool.statistics.tensor import TensorStatistics
 
 _UNIFORM = 4096  # bins of equal width that the log histogram is cut into, its mass spread in proportion
 _SLICE = 512  # bins of a slice, about

@@ -6,9 +6,10 @@ time from one end, never past 0: that of the two whose removal adds less to the 
     C(a, b) = Σ_{x<a} (x - a)² + Σ_{x>b} (x - b)².
 
 Of all the ranges that it passes, the one of least E(a, b) = C(a, b) + Δ²/12 · #{a <= x <= b, x != 0} is chosen, unless
-the whole range makes a smaller error yet by :func:`qdqtool.affine.expected_error`. The next bin at an end never costs
-less than the one before, so each end has an ascending list of costs and the path is the merge of the two; and so no
-other range as wide that ends at edges is clipped with less error. With one threshold the path is that of its end.
+the whole range makes a smaller error yet by :func:`qdqtool.arithmetic.affine.expected_error`. The next bin at an end
+never costs less than the one before, so each end has an ascending list of costs and the path is the merge of the two;
+and so no other range as wide that ends at edges is clipped with less error. With one threshold the path is that of its
+end.
 
 Huawei: Ascend Model Compression Toolkit (AMCT), "HFMG Algorithm": the batches' histograms are merged, and clipping
 bounds are searched on the merged one. Ours merge exactly and are re-binned once, a bin's values spread evenly over it
@@ -23,12 +24,12 @@ from typing import ClassVar
 
 import numpy as np
 
-from qdqtool.affine import expected_error, params_from_range
+from qdqtool.arithmetic.affine import expected_error, params_from_range
 from qdqtool.calibrator_api import Stat
-from qdqtool.distribution import Side, is_zero, tail_error, within
 from qdqtool.errors import RecipeError
 from qdqtool.spec import FloatArray, QuantSpec, Range
-from qdqtool.statistics import TensorStatistics
+from qdqtool.statistics.distribution import Side, is_zero, tail_error, within
+from qdqtool.statistics.tensor import TensorStatistics
 
 _FINE = 4095  # steps above which E alone is exact enough
 

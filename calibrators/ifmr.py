@@ -5,9 +5,10 @@ With p⁺ and p⁻ the two percentiles, widened to contain 0, and factors f_i = 
     [f_i·p⁻, f_j·p⁺] for all i and j,   [-f_i·t, f_i·t] with t = max(-p⁻, p⁺) when symmetric,
 
 cut at what was seen, and the chosen one has the least Σ (x - x̂)² over the tensor's values x and what they become. The
-sum is not run for every pair: the model E(a, b) of :mod:`qdqtool.distribution` picks the best few, and the exact error
-of :func:`qdqtool.affine.expected_error` decides among them. Huawei: Ascend Model Compression Toolkit (AMCT), "IFMR
-Algorithm", whose documentation traverses both ends as here, while its published program moves the upper one alone.
+sum is not run for every pair: the model E(a, b) of :mod:`qdqtool.statistics.distribution` picks the best few, and the
+exact error of :func:`qdqtool.arithmetic.affine.expected_error` decides among them. Huawei: Ascend Model Compression
+Toolkit (AMCT), "IFMR Algorithm", whose documentation traverses both ends as here, while its published program moves the
+upper one alone.
 """
 
 from __future__ import annotations
@@ -17,12 +18,12 @@ from typing import ClassVar
 
 import numpy as np
 
-from qdqtool.affine import expected_error, params_from_range
+from qdqtool.arithmetic.affine import expected_error, params_from_range
 from qdqtool.calibrator_api import Stat
-from qdqtool.distribution import Side, is_zero, mirrored, quantile, tail_error, within
 from qdqtool.errors import RecipeError
 from qdqtool.spec import FloatArray, QuantSpec, Range
-from qdqtool.statistics import TensorStatistics
+from qdqtool.statistics.distribution import Side, is_zero, mirrored, quantile, tail_error, within
+from qdqtool.statistics.tensor import TensorStatistics
 
 _BEST = 16  # candidates of the least modelled error that are scored exactly
 _FINE = 4095  # steps above which the model alone is exact enough

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from qdqtool.calibrator_api import Stat
-from qdqtool.distribution import channels_of, within
 from qdqtool.spec import QuantSpec, Range
-from qdqtool.statistics import TensorStatistics
+from qdqtool.statistics.distribution import channels_of, within
+from qdqtool.statistics.tensor import TensorStatistics
 
 
 @dataclass(frozen=True)

@@ -13,10 +13,10 @@ from typing import ClassVar
 import numpy as np
 
 from qdqtool.calibrator_api import Stat
-from qdqtool.distribution import within
 from qdqtool.errors import RecipeError
 from qdqtool.spec import QuantSpec, Range
-from qdqtool.statistics import TensorStatistics
+from qdqtool.statistics.distribution import within
+from qdqtool.statistics.tensor import TensorStatistics
 
 
 @dataclass(frozen=True)

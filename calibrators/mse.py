@@ -1,9 +1,9 @@
 """The range of least expected squared error on the histogram, jointly over both ends when asymmetric.
 
-First the model E(a, b) of :mod:`qdqtool.distribution` (clipping plus Δ²/12) on a geometric grid over three decades,
-refined around its least cell; then the exact error of :func:`qdqtool.affine.expected_error` around that point, where
-end codes, the rounded zero point and discrete values count, with minmax, and ranges a step wider, among the
-candidates. Sung, Shin, Hwang: Resiliency of deep neural networks under quantization, 2015 (L2-optimal step);
+First the model E(a, b) of :mod:`qdqtool.statistics.distribution` (clipping plus Δ²/12) on a geometric grid over three
+decades, refined around its least cell; then the exact error of :func:`qdqtool.arithmetic.affine.expected_error` around
+that point, where end codes, the rounded zero point and discrete values count, with minmax, and ranges a step wider,
+among the candidates. Sung, Shin, Hwang: Resiliency of deep neural networks under quantization, 2015 (L2-optimal step);
 Choukroun et al.: Low-bit quantization of neural networks, 2019.
 """
 
@@ -15,12 +15,12 @@ from typing import ClassVar
 import numpy as np
 import numpy.typing as npt
 
-from qdqtool.affine import expected_error, params_from_range
+from qdqtool.arithmetic.affine import expected_error, params_from_range
 from qdqtool.calibrator_api import Stat
-from qdqtool.distribution import Side, is_zero, tail_error, within
-from qdqtool.histogram import Bins
 from qdqtool.spec import FloatArray, IntArray, QuantSpec, Range
-from qdqtool.statistics import TensorStatistics
+from qdqtool.statistics.distribution import Side, is_zero, tail_error, within
+from qdqtool.statistics.histogram import Bins
+from qdqtool.statistics.tensor import TensorStatistics
 
 _COARSE = 32  # points of the grid from one cell to the next, about 15 % apart
 _GRID: FloatArray = 0.995 ** np.arange(1377.0)  # shares of an observed end, down to 1/1000

@@ -10,11 +10,11 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from qdqtool.calibrator_api import Stat
-from qdqtool.distribution import Side, is_zero, magnitudes, mirrored, nonzero, quantile, within
 from qdqtool.errors import RecipeError
-from qdqtool.histogram import Bins
 from qdqtool.spec import QuantSpec, Range
-from qdqtool.statistics import TensorStatistics
+from qdqtool.statistics.distribution import Side, is_zero, magnitudes, mirrored, nonzero, quantile, within
+from qdqtool.statistics.histogram import Bins
+from qdqtool.statistics.tensor import TensorStatistics
 
 
 @dataclass(frozen=True)

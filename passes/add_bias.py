@@ -7,8 +7,8 @@ from typing import ClassVar
 
 import numpy as np
 
-from qdqtool import graph as graphs
-from qdqtool.linear import LinearLayer
+from qdqtool.graphs import graph as graphs
+from qdqtool.graphs.linear import LinearLayer
 from qdqtool.passes_api import Fact, State
 
 

@@ -12,18 +12,19 @@ from typing import ClassVar, cast
 
 import numpy as np
 
-from qdqtool import affine, registry
-from qdqtool import graph as graphs
+from qdqtool import registry
+from qdqtool.arithmetic import affine
+from qdqtool.arithmetic.weight_scale import least_squares
 from qdqtool.calibrator_api import Calibrator, choose
 from qdqtool.errors import RecipeError
-from qdqtool.graph import Array
-from qdqtool.linear import bias_place
+from qdqtool.graphs import graph as graphs
+from qdqtool.graphs.graph import Array
+from qdqtool.graphs.linear import bias_place
 from qdqtool.passes_api import Fact, State
-from qdqtool.plan import Key, Use, params_of
-from qdqtool.precision import width
+from qdqtool.planning.plan import Key, Use, params_of
+from qdqtool.planning.precision import width
 from qdqtool.spec import FloatArray, QuantizedWeight, QuantParams, QuantSpec, Range
-from qdqtool.statistics import TensorStatistics
-from qdqtool.weight_scale import least_squares
+from qdqtool.statistics.tensor import TensorStatistics
 
 _TERNARY = 2  # bits of which a range that covers all values uses three codes at best
 _BIAS_LIMIT = 2.0**30  # half of int32, so that products have room in the accumulator

@@ -14,12 +14,12 @@ import numpy as np
 import onnx
 import onnx_graphsurgeon as gs
 
-from qdqtool import graph as graphs
-from qdqtool.float16 import ANY_TYPE, has_float32, is_float32
-from qdqtool.float16_choice import Choice, choose
-from qdqtool.graph import Array
-from qdqtool.lazy import Derived
+from qdqtool.graphs import graph as graphs
+from qdqtool.graphs.float16 import ANY_TYPE, has_float32, is_float32
+from qdqtool.graphs.graph import Array
+from qdqtool.graphs.lazy import Derived
 from qdqtool.passes_api import GRAPH_FACTS, Fact, State
+from qdqtool.planning.float16_choice import Choice, choose
 
 _CODES: Final[dict[type, int]] = {np.float16: onnx.TensorProto.FLOAT16, np.float32: onnx.TensorProto.FLOAT}
 

@@ -26,20 +26,20 @@ import numpy as np
 import onnx
 import onnx_graphsurgeon as gs
 
-from qdqtool import graph as graphs
-from qdqtool import model as models
 from qdqtool import runtime
-from qdqtool.batching import Batch, Batching, Sample
-from qdqtool.bias_nodes import DEGREES, PREFIX, ROWS, BiasNodes
-from qdqtool.bodies import expose
-from qdqtool.fidelity import fidelity
-from qdqtool.fit import Feeds
-from qdqtool.insert import insert
-from qdqtool.linear import BiasPlace, bias_place, replace_constant
+from qdqtool.data.batching import Batch, Batching, Sample
+from qdqtool.data.fit import Feeds
+from qdqtool.graphs import graph as graphs
+from qdqtool.graphs import model as models
+from qdqtool.graphs.bias_nodes import DEGREES, PREFIX, ROWS, BiasNodes
+from qdqtool.graphs.linear import BiasPlace, bias_place, replace_constant
+from qdqtool.graphs.scopes import held
+from qdqtool.observation.bodies import expose
 from qdqtool.passes_api import Fact, State
-from qdqtool.plan import Use
-from qdqtool.scopes import held
+from qdqtool.planning.insert import insert
+from qdqtool.planning.plan import Use
 from qdqtool.spec import FloatArray
+from qdqtool.verification.fidelity import fidelity
 
 _TINY: Final = 1e-30
 

@@ -2,7 +2,7 @@
 
 What rounding takes from a channel's norm is a factor of its scale; what it takes from the mean is an offset, which
 ``correct-bias`` makes up for together with all else that moves the layer's mean output (see
-:func:`qdqtool.weight_scale.norm_kept`).
+:func:`qdqtool.arithmetic.weight_scale.norm_kept`).
 """
 
 from __future__ import annotations
@@ -10,13 +10,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar, cast
 
-from qdqtool import graph as graphs
-from qdqtool.graph import Array
+from qdqtool.arithmetic.weight_scale import norm_kept
+from qdqtool.graphs import graph as graphs
+from qdqtool.graphs.graph import Array
 from qdqtool.passes_api import Fact, State
-from qdqtool.plan import Use
-from qdqtool.precision import FEW_BITS, width
+from qdqtool.planning.plan import Use
+from qdqtool.planning.precision import FEW_BITS, width
 from qdqtool.spec import QuantizedWeight
-from qdqtool.weight_scale import norm_kept
 
 
 @dataclass(frozen=True)

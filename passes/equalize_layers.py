@@ -21,12 +21,12 @@ from typing import ClassVar, Final
 import numpy as np
 import onnx_graphsurgeon as gs
 
-from qdqtool import graph as graphs
-from qdqtool.channel_paths import ChannelPath, follow
-from qdqtool.channel_sources import LayerSource
+from qdqtool.graphs import graph as graphs
+from qdqtool.graphs.channel_paths import ChannelPath, follow
+from qdqtool.graphs.channel_sources import LayerSource
+from qdqtool.graphs.weight_matrix import WeightMatrix
 from qdqtool.passes_api import Fact, State
 from qdqtool.spec import FloatArray
-from qdqtool.weight_matrix import WeightMatrix
 
 _SWEEPS: Final = 10
 _CONVERGED: Final = 0.02

@@ -10,9 +10,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from qdqtool import graph as graphs
+from qdqtool.graphs import graph as graphs
+from qdqtool.graphs.pattern import Rewriter, is_op
 from qdqtool.passes_api import GRAPH_FACTS, Fact, State
-from qdqtool.pattern import Rewriter, is_op
 
 
 @dataclass(frozen=True)

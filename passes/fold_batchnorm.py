@@ -16,10 +16,10 @@ from typing import ClassVar
 import numpy as np
 import onnx_graphsurgeon as gs
 
-from qdqtool import graph as graphs
-from qdqtool.batchnorm import normalization, parameters
-from qdqtool.channels import ChannelMap, constant_operand
-from qdqtool.linear import LinearLayer, absorb, arithmetic
+from qdqtool.graphs import graph as graphs
+from qdqtool.graphs.batchnorm import normalization, parameters
+from qdqtool.graphs.channels import ChannelMap, constant_operand
+from qdqtool.graphs.linear import LinearLayer, absorb, arithmetic
 from qdqtool.passes_api import GRAPH_FACTS, Fact, State
 
 

@@ -17,11 +17,11 @@ import onnx
 import onnx_graphsurgeon as gs
 from onnx_graphsurgeon.exporters.onnx_exporter import OnnxExporter
 
-from qdqtool import graph as graphs
 from qdqtool import runtime
-from qdqtool.dimensions import fold_dimensions
-from qdqtool.graph import Array
-from qdqtool.linear import LINEAR_OPS
+from qdqtool.graphs import graph as graphs
+from qdqtool.graphs.dimensions import fold_dimensions
+from qdqtool.graphs.graph import Array
+from qdqtool.graphs.linear import LINEAR_OPS
 from qdqtool.passes_api import GRAPH_FACTS, Fact, State
 
 _SMALL: Final = 1024  # bytes; smaller results are not worth sharing

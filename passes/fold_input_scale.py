@@ -27,13 +27,13 @@ from typing import ClassVar, Final
 import numpy as np
 import onnx_graphsurgeon as gs
 
-from qdqtool import graph as graphs
-from qdqtool.batchnorm import normalization, parameters
-from qdqtool.channels import ChannelMap, channel_map, constant_operand, stored
-from qdqtool.graph import Array
-from qdqtool.layer_input import LayerInput
+from qdqtool.graphs import graph as graphs
+from qdqtool.graphs.batchnorm import normalization, parameters
+from qdqtool.graphs.channels import ChannelMap, channel_map, constant_operand, stored
+from qdqtool.graphs.graph import Array
+from qdqtool.graphs.layer_input import LayerInput
+from qdqtool.graphs.pattern import is_op
 from qdqtool.passes_api import GRAPH_FACTS, Fact, State
-from qdqtool.pattern import is_op
 
 _NOISE: Final = 4.0
 

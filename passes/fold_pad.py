@@ -22,9 +22,9 @@ from typing import Any, ClassVar, Final
 import numpy as np
 import onnx_graphsurgeon as gs
 
-from qdqtool import graph as graphs
+from qdqtool.graphs import graph as graphs
+from qdqtool.graphs.pattern import is_op, rank, scalar
 from qdqtool.passes_api import GRAPH_FACTS, Fact, State
-from qdqtool.pattern import is_op, rank, scalar
 
 _READERS: Final = ("Conv", "AveragePool", "MaxPool")
 _PATH: Final = 8  # nodes looked at for the least value of a tensor

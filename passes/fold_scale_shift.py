@@ -13,9 +13,9 @@ from typing import ClassVar
 import numpy as np
 import onnx_graphsurgeon as gs
 
-from qdqtool import graph as graphs
-from qdqtool.channels import ChannelMap, constant_operand, stored
-from qdqtool.linear import LinearLayer, absorb, arithmetic, replace_constant
+from qdqtool.graphs import graph as graphs
+from qdqtool.graphs.channels import ChannelMap, constant_operand, stored
+from qdqtool.graphs.linear import LinearLayer, absorb, arithmetic, replace_constant
 from qdqtool.passes_api import GRAPH_FACTS, Fact, State
 
 

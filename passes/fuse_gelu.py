@@ -22,9 +22,9 @@ from typing import ClassVar, Final
 import numpy as np
 import onnx_graphsurgeon as gs
 
-from qdqtool import graph as graphs
+from qdqtool.graphs import graph as graphs
+from qdqtool.graphs.pattern import Formula, Rewriter, affine, is_op, near, read_outside
 from qdqtool.passes_api import GRAPH_FACTS, Fact, State
-from qdqtool.pattern import Formula, Rewriter, affine, is_op, near, read_outside
 
 _OPSET: Final = 20
 _CUBE: Final = 0.044715

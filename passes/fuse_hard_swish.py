@@ -24,10 +24,10 @@ from typing import Any, ClassVar, Final
 import numpy as np
 import onnx_graphsurgeon as gs
 
-from qdqtool import graph as graphs
-from qdqtool.linear import LinearLayer
+from qdqtool.graphs import graph as graphs
+from qdqtool.graphs.linear import LinearLayer
+from qdqtool.graphs.pattern import Rewriter, affine, is_op, near, read_outside, scalar
 from qdqtool.passes_api import GRAPH_FACTS, Fact, State
-from qdqtool.pattern import Rewriter, affine, is_op, near, read_outside, scalar
 
 _SWISH_OPSET: Final = 14
 _STEPS: Final = 3  # nodes between x and the clamp, at most

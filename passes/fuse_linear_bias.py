@@ -16,10 +16,10 @@ from typing import ClassVar, cast
 import numpy as np
 import onnx_graphsurgeon as gs
 
-from qdqtool import graph as graphs
-from qdqtool.channels import constant_operand, stored
-from qdqtool.graph import Array
-from qdqtool.linear import LinearLayer, absorb, arithmetic, replace_constant
+from qdqtool.graphs import graph as graphs
+from qdqtool.graphs.channels import constant_operand, stored
+from qdqtool.graphs.graph import Array
+from qdqtool.graphs.linear import LinearLayer, absorb, arithmetic, replace_constant
 from qdqtool.passes_api import GRAPH_FACTS, Fact, State
 
 

@@ -22,10 +22,10 @@ from typing import Any, ClassVar, Final
 import numpy as np
 import onnx_graphsurgeon as gs
 
-from qdqtool import graph as graphs
-from qdqtool.graph import Array
+from qdqtool.graphs import graph as graphs
+from qdqtool.graphs.graph import Array
+from qdqtool.graphs.pattern import Rewriter, affine, is_op, rank, read_outside, scalar
 from qdqtool.passes_api import GRAPH_FACTS, Fact, State
-from qdqtool.pattern import Rewriter, affine, is_op, rank, read_outside, scalar
 
 _LAYER: Final = "LayerNormalization"
 _ROOT_MEAN_SQUARE: Final = "RMSNormalization"

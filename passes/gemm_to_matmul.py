@@ -21,12 +21,12 @@ from typing import ClassVar, Final, cast
 import numpy as np
 import onnx_graphsurgeon as gs
 
-from qdqtool import graph as graphs
-from qdqtool.graph import Array
-from qdqtool.lazy import Derived
-from qdqtool.linear import LinearLayer
+from qdqtool.graphs import graph as graphs
+from qdqtool.graphs.graph import Array
+from qdqtool.graphs.lazy import Derived
+from qdqtool.graphs.linear import LinearLayer
 from qdqtool.passes_api import GRAPH_FACTS, Fact, State
-from qdqtool.selection import Selection
+from qdqtool.planning.selection import Selection
 
 _TILE: Final = 128  # rows and columns of a tile that fits into the processor's cache
 _CLIPPING: Final = frozenset({"Relu", "Clip"})
@@ -133,7 +133,7 @@ def _turn(layer: LinearLayer, graph: gs.Graph, state: State, taken: set[str], *,
 def _shield(layer: LinearLayer, graph: gs.Graph, state: State, outputs: set[int], taken: set[str]) -> bool:
     """Put zeros, added or subtracted, before what would keep the runtime from fusing a product, where there is such.
 
-    ``outputs`` comes from :func:`qdqtool.graph.leaving_ids`.
+    ``outputs`` comes from :func:`qdqtool.graphs.graph.leaving_ids`.
     """
     node, tensor = layer.node, layer.node.outputs[0]
     reader = graphs.single_use(tensor, outputs)

@@ -10,7 +10,7 @@ import onnx
 import onnx_graphsurgeon as gs
 from onnx_graphsurgeon.importers.onnx_importer import get_onnx_tensor_dtype
 
-from qdqtool.light import light_proto
+from qdqtool.graphs.light import light_proto
 from qdqtool.passes_api import Fact, State
 
 _INVENTED = "unk__"  # ONNX names an unknown dimension so; another run may give another dimension the same name

@@ -7,7 +7,7 @@ from typing import ClassVar
 
 import onnx_graphsurgeon as gs
 
-from qdqtool import graph as graphs
+from qdqtool.graphs import graph as graphs
 from qdqtool.passes_api import GRAPH_FACTS, Fact, State
 
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from qdqtool import graph as graphs
-from qdqtool.insert import insert
-from qdqtool.light import release_float
+from qdqtool.graphs import graph as graphs
+from qdqtool.graphs.light import release_float
 from qdqtool.passes_api import Fact, State
+from qdqtool.planning.insert import insert
 
 
 @dataclass(frozen=True)

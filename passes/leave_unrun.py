@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
-from qdqtool import bodies
-from qdqtool import graph as graphs
+from qdqtool.graphs import graph as graphs
+from qdqtool.observation import bodies
 from qdqtool.passes_api import Fact, State
-from qdqtool.plan import Use
+from qdqtool.planning.plan import Use
 
 
 @dataclass(frozen=True)

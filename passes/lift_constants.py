@@ -11,8 +11,8 @@ from typing import ClassVar, Final
 import numpy as np
 import onnx_graphsurgeon as gs
 
-from qdqtool import graph as graphs
-from qdqtool.graph import Array
+from qdqtool.graphs import graph as graphs
+from qdqtool.graphs.graph import Array
 from qdqtool.passes_api import Fact, State
 
 _DTYPES: Final = {

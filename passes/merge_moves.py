@@ -15,9 +15,9 @@ from typing import ClassVar, Final
 import numpy as np
 import onnx_graphsurgeon as gs
 
-from qdqtool import graph as graphs
+from qdqtool.graphs import graph as graphs
+from qdqtool.graphs.pattern import Rewriter, is_op, rank
 from qdqtool.passes_api import GRAPH_FACTS, Fact, State
-from qdqtool.pattern import Rewriter, is_op, rank
 
 _SHAPING: Final = ("Reshape", "Flatten", "Squeeze", "Unsqueeze")
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from qdqtool import model as models
-from qdqtool.collect import collect
+from qdqtool.graphs import model as models
+from qdqtool.observation.collect import collect
 from qdqtool.passes_api import Fact, State
 
 

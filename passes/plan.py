@@ -16,15 +16,17 @@ from typing import ClassVar
 import numpy as np
 import onnx_graphsurgeon as gs
 
-from qdqtool import bodies, low_bits, spectrum
-from qdqtool import graph as graphs
-from qdqtool.entries import Entries, activation_bound
-from qdqtool.linear import LinearLayer, bias_place, weight_inputs
-from qdqtool.obstacles import is_dequantized, is_quantized_behind, obstacle
+from qdqtool.graphs import graph as graphs
+from qdqtool.graphs import spectrum
+from qdqtool.graphs.linear import LinearLayer, bias_place, weight_inputs
+from qdqtool.observation import bodies
 from qdqtool.passes_api import Fact, State
-from qdqtool.plan import DerivedFrom, Output, Plan, SharedWith, Use
-from qdqtool.selection import Selection
-from qdqtool.target import Emit, OpRule
+from qdqtool.planning import low_bits
+from qdqtool.planning.entries import Entries, activation_bound
+from qdqtool.planning.obstacles import is_dequantized, is_quantized_behind, obstacle
+from qdqtool.planning.plan import DerivedFrom, Output, Plan, SharedWith, Use
+from qdqtool.planning.selection import Selection
+from qdqtool.planning.target import Emit, OpRule
 
 
 @dataclass(frozen=True)

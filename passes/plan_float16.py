@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from qdqtool import graph as graphs
-from qdqtool.float16 import Slots, is_float32, slots
+from qdqtool.graphs import graph as graphs
+from qdqtool.graphs.float16 import Slots, is_float32, slots
 from qdqtool.passes_api import Fact, State
-from qdqtool.plan import Plan
+from qdqtool.planning.plan import Plan
 
 
 @dataclass(frozen=True)

@@ -6,8 +6,8 @@ from dataclasses import dataclass, replace
 from typing import ClassVar
 
 from qdqtool.passes_api import Fact, State
-from qdqtool.smoothing import channel_tensors
-from qdqtool.smoothing_sites import Site, sites
+from qdqtool.planning.smoothing import channel_tensors
+from qdqtool.planning.smoothing_sites import Site, sites
 
 
 @dataclass(frozen=True)

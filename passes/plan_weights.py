@@ -20,12 +20,12 @@ from typing import ClassVar, Final, cast
 import numpy as np
 import onnx_graphsurgeon as gs
 
-from qdqtool import graph as graphs
 from qdqtool.errors import RecipeError
-from qdqtool.linear import LinearLayer
+from qdqtool.graphs import graph as graphs
+from qdqtool.graphs.linear import LinearLayer
 from qdqtool.passes_api import Fact, State
-from qdqtool.plan import Entry, Key, Plan, Use
-from qdqtool.selection import Selection, SpecOverride
+from qdqtool.planning.plan import Entry, Key, Plan, Use
+from qdqtool.planning.selection import Selection, SpecOverride
 from qdqtool.spec import FORMATS, PER_TENSOR, Granularity, QuantSpec, Scheme, per_channel
 
 _TABLE_BITS: Final = 8

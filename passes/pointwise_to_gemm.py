@@ -13,8 +13,8 @@ from typing import ClassVar
 
 import onnx_graphsurgeon as gs
 
-from qdqtool import graph as graphs
-from qdqtool.linear import LinearLayer, replace_constant
+from qdqtool.graphs import graph as graphs
+from qdqtool.graphs.linear import LinearLayer, replace_constant
 from qdqtool.passes_api import Fact, State
 
 

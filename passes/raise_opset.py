@@ -17,9 +17,9 @@ import onnx
 import onnx.version_converter
 from onnx import helper, numpy_helper
 
-from qdqtool import model
 from qdqtool.errors import ModelError
-from qdqtool.light import light_proto, restore
+from qdqtool.graphs import model
+from qdqtool.graphs.light import light_proto, restore
 from qdqtool.passes_api import Fact, State
 from qdqtool.recipe import BASE_OPSET
 

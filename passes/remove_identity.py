@@ -15,9 +15,9 @@ import numpy as np
 import onnx
 import onnx_graphsurgeon as gs
 
-from qdqtool import graph as graphs
+from qdqtool.graphs import graph as graphs
+from qdqtool.graphs.pattern import is_op
 from qdqtool.passes_api import GRAPH_FACTS, Fact, State
-from qdqtool.pattern import is_op
 
 _MANTISSA: Final = {2: 11, 4: 24, 8: 53}
 """Bits of a float's mantissa, by its size in bytes."""

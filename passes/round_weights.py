@@ -5,7 +5,7 @@ is 0 (Gupta et al., Deep Learning with Limited Numerical Precision, 2015). The g
 and the weight's name, so the order of layers does not matter.
 
 gptq: so that the layer's outputs err least on the held calibration samples, from the second moments of its inputs
-(:mod:`qdqtool.gptq`). The float model runs once for every few layers, whose inputs it then gives out.
+(:mod:`qdqtool.arithmetic.gptq`). The float model runs once for every few layers, whose inputs it then gives out.
 """
 
 from __future__ import annotations
@@ -19,15 +19,16 @@ import numpy as np
 import onnx
 import onnx_graphsurgeon as gs
 
-from qdqtool import affine, gptq, runtime, second_moments
-from qdqtool import graph as graphs
-from qdqtool import model as models
-from qdqtool.graph import Array
-from qdqtool.linear import LinearLayer
+from qdqtool import runtime
+from qdqtool.arithmetic import affine, gptq, second_moments
+from qdqtool.arithmetic.second_moments import SecondMoments
+from qdqtool.graphs import graph as graphs
+from qdqtool.graphs import model as models
+from qdqtool.graphs.graph import Array
+from qdqtool.graphs.linear import LinearLayer
 from qdqtool.passes_api import Fact, State
-from qdqtool.plan import Key, Use, params_of
-from qdqtool.precision import FEW_BITS, width
-from qdqtool.second_moments import SecondMoments
+from qdqtool.planning.plan import Key, Use, params_of
+from qdqtool.planning.precision import FEW_BITS, width
 from qdqtool.spec import QuantizedWeight, QuantParams, Scheme
 
 _MOMENT_BYTES: Final = 1 << 29  # second moments held at once; a layer that needs more is alone

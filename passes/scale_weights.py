@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
-from qdqtool import graph as graphs
-from qdqtool.blockwise import weight_params
-from qdqtool.lazy import peek
+from qdqtool.arithmetic.blockwise import weight_params
+from qdqtool.graphs import graph as graphs
+from qdqtool.graphs.lazy import peek
 from qdqtool.passes_api import Fact, State
-from qdqtool.plan import Key, Use
+from qdqtool.planning.plan import Key, Use
 from qdqtool.spec import QuantParams, QuantSpec
 
 

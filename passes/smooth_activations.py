@@ -1,10 +1,10 @@
 """Smoothing: move what sets an activation's channels apart into the weights that multiply them.
 
 An activation has one scale for all channels, which the greatest of them takes up; a weight has one for each output, and
-takes different inputs well (Xiao et al., SmoothQuant, ICML 2023). The factors of :mod:`qdqtool.smoothing` go into the
-parameters of what makes the activation, a LayerNormalization, MatMul or Gemm, and their inverses into the layers behind
-it, so that nothing is added. A model input has no such place: where the recipe allows it, and noise falls to a quarter,
-as if the input had a bit more, a Mul is put behind it.
+takes different inputs well (Xiao et al., SmoothQuant, ICML 2023). The factors of :mod:`qdqtool.planning.smoothing` go
+into the parameters of what makes the activation, a LayerNormalization, MatMul or Gemm, and their inverses into the
+layers behind it, so that nothing is added. A model input has no such place: where the recipe allows it, and noise falls
+to a quarter, as if the input had a bit more, a Mul is put behind it.
 
 Convolutions are left to :mod:`qdqtool.passes.equalize_layers`: many of their channels are rarely active, and made as
 large as the others they are clipped on new data.
@@ -15,13 +15,13 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import ClassVar, Final
 
-from qdqtool import graph as graphs
+from qdqtool.graphs import graph as graphs
 from qdqtool.passes_api import Fact, State
-from qdqtool.plan import Plan
-from qdqtool.rescale import rescaled
-from qdqtool.smoothing import HEADROOM, channel_tensors, choose
-from qdqtool.smoothing_sites import Site, sites
+from qdqtool.planning.plan import Plan
+from qdqtool.planning.smoothing import HEADROOM, channel_tensors, choose
+from qdqtool.planning.smoothing_sites import Site, sites
 from qdqtool.spec import FloatArray
+from qdqtool.statistics.rescale import rescaled
 
 _GAIN: Final = 2.0  # half the noise: an expectation is not that exact
 _GAIN_OF_MUL: Final = 4.0

@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from qdqtool import model as models
-from qdqtool import observe
-from qdqtool.batching import choose
-from qdqtool.calibration import ModelKey
+from qdqtool.data.batching import choose
+from qdqtool.graphs import model as models
+from qdqtool.observation import observe
+from qdqtool.observation.calibration import ModelKey
 from qdqtool.passes_api import Fact, State
 
 

@@ -9,12 +9,13 @@ from typing import Any, ClassVar
 import numpy as np
 import onnx
 
-from qdqtool import model as models
-from qdqtool import partition, placement, runtime
-from qdqtool.comparison import VERIFIED, Comparison, decibels, wide_sessions
+from qdqtool import runtime
 from qdqtool.errors import GateError, ModelError, RuntimeUnavailableError
+from qdqtool.graphs import model as models
 from qdqtool.passes_api import Fact, State
-from qdqtool.sqnr import Sqnr
+from qdqtool.verification import partition, placement
+from qdqtool.verification.comparison import VERIFIED, Comparison, decibels, wide_sessions
+from qdqtool.verification.sqnr import Sqnr
 
 
 @dataclass(frozen=True)

@@ -16,13 +16,13 @@ import onnx
 import onnx_graphsurgeon as gs
 from onnx_graphsurgeon.ir.tensor import SparseValues
 
-from qdqtool import graph as graphs
-from qdqtool import model as models
 from qdqtool import runtime
 from qdqtool.errors import ModelError
-from qdqtool.float16 import QUANTIZED, TYPED_BY_ATTRIBUTE, is_tensor
-from qdqtool.graph import Array
-from qdqtool.lazy import Derived, peek
+from qdqtool.graphs import graph as graphs
+from qdqtool.graphs import model as models
+from qdqtool.graphs.float16 import QUANTIZED, TYPED_BY_ATTRIBUTE, is_tensor
+from qdqtool.graphs.graph import Array
+from qdqtool.graphs.lazy import Derived, peek
 from qdqtool.passes_api import GRAPH_FACTS, Fact, State
 
 _FLOAT: Final = int(onnx.TensorProto.FLOAT)

@@ -10,17 +10,17 @@ from typing import TYPE_CHECKING
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from qdqtool.calibration import Calibration
-    from qdqtool.comparison import Comparison, compare
     from qdqtool.errors import QdqError
+    from qdqtool.observation.calibration import Calibration
     from qdqtool.pipeline import Result, calibrate, dry_run, quantize
     from qdqtool.recipe import Recipe
     from qdqtool.report.values import Report
+    from qdqtool.verification.comparison import Comparison, compare
 
 _HOMES = {
-    "Calibration": "calibration",
-    "Comparison": "comparison",
-    "compare": "comparison",
+    "Calibration": "observation.calibration",
+    "Comparison": "verification.comparison",
+    "compare": "verification.comparison",
     "QdqError": "errors",
     "Result": "pipeline",
     "calibrate": "pipeline",

@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from qdqtool.cli import main
+from qdqtool.cli.main import main
 
 main(prog_name="qdqtool")

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, ClassVar, Protocol, runtime_checkable
 from qdqtool.spec import QuantSpec, Range
 
 if TYPE_CHECKING:
-    from qdqtool.statistics import TensorStatistics
+    from qdqtool.statistics.tensor import TensorStatistics
 
 
 class Stat(enum.StrEnum):
@@ -24,7 +24,7 @@ class Calibrator(Protocol):
     """Chooses ranges of activations; implementations are frozen dataclasses whose fields are the options.
 
     The range returned lies within what was observed (give or take two steps), and contains 0 once widened by
-    :mod:`qdqtool.affine`.
+    :mod:`qdqtool.arithmetic.affine`.
     """
 
     name: ClassVar[str]

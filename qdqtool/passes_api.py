@@ -18,19 +18,19 @@ if TYPE_CHECKING:
     import onnx
     import onnx_graphsurgeon as gs
 
-    from qdqtool.batching import Batching, Sample
-    from qdqtool.cache import Cache
-    from qdqtool.calibration import Calibration
-    from qdqtool.comparison import Comparison
-    from qdqtool.data import Data
-    from qdqtool.model import Header
-    from qdqtool.observe import Observing, Progress
-    from qdqtool.partition import Partition
-    from qdqtool.placement import Placement
-    from qdqtool.plan import Key, Parameters, Plan
+    from qdqtool.data.batching import Batching, Sample
+    from qdqtool.data.source import Data
+    from qdqtool.graphs.model import Header
+    from qdqtool.observation.cache import Cache
+    from qdqtool.observation.calibration import Calibration
+    from qdqtool.observation.observe import Observing, Progress
+    from qdqtool.planning.plan import Key, Parameters, Plan
+    from qdqtool.planning.target import Target
     from qdqtool.recipe import Recipe
-    from qdqtool.statistics import Statistics
-    from qdqtool.target import Target
+    from qdqtool.statistics.tensor import Statistics
+    from qdqtool.verification.comparison import Comparison
+    from qdqtool.verification.partition import Partition
+    from qdqtool.verification.placement import Placement
 
 
 class Fact(enum.StrEnum):

@@ -12,17 +12,19 @@ from typing import Any
 import onnx
 
 import qdqtool
-from qdqtool import graph as graphs
-from qdqtool import model as models
-from qdqtool import registry, runtime, statistics_file
-from qdqtool.cache import Cache, default_folder
-from qdqtool.calibration import Calibration
-from qdqtool.collect import collect
-from qdqtool.data import Data, open_data
-from qdqtool.engine import Engine
+from qdqtool import registry, runtime
+from qdqtool.data.source import Data, open_data
 from qdqtool.errors import DataError, RecipeError
-from qdqtool.model import ModelSource
-from qdqtool.observe import Observing, Progress, Told
+from qdqtool.graphs import graph as graphs
+from qdqtool.graphs import model as models
+from qdqtool.graphs.model import ModelSource
+from qdqtool.observation import statistics_file
+from qdqtool.observation.cache import Cache, default_folder
+from qdqtool.observation.calibration import Calibration
+from qdqtool.observation.collect import collect
+from qdqtool.observation.engine import Engine
+from qdqtool.observation.observe import Observing, Progress, Told
+from qdqtool.observation.sweeps import parse_bytes
 from qdqtool.passes import (
     AddBias,
     ChooseRanges,
@@ -64,12 +66,11 @@ from qdqtool.passes import (
     WidenFloat16,
 )
 from qdqtool.passes_api import Callback, Fact, Pass, PassManager, State, Timing
-from qdqtool.plan import Plan
+from qdqtool.planning.plan import Plan
+from qdqtool.planning.target import TARGETS, Target, target
+from qdqtool.planning.target_file import TargetSource, resolve
 from qdqtool.recipe import BASE_OPSET, Recipe
 from qdqtool.report.values import Report, make_report
-from qdqtool.sweeps import parse_bytes
-from qdqtool.target import TARGETS, Target, target
-from qdqtool.target_file import TargetSource, resolve
 
 RECIPE_KEY = "qdqtool.recipe"
 VERSION_KEY = "qdqtool.version"
@@ -223,7 +224,7 @@ def quantize(
         provider: "auto" (CUDA where it loads, else the CPU), "cpu", "cuda" or "tensorrt": where models run meanwhile.
         memory: what observed activations may take, in bytes or as in "4GB"; where they take more, the data pass
             several times. None: half of the machine's memory.
-        engine: where observation runs, such as :class:`qdqtool.engine_ray.Ray`; None: here.
+        engine: where observation runs, such as :class:`qdqtool.observation.engine_ray.Ray`; None: here.
         cache: keep statistics between runs, in the user's cache folder or the one named here.
         progress: told after every batch.
         told: told before the work, in a line, where the data must pass several times; the report has it too.

@@ -21,12 +21,12 @@ from pydantic import (
     model_validator,
 )
 
-from qdqtool import combination, target_file
+from qdqtool.data.images import ImagePreprocessing
 from qdqtool.errors import RecipeError, nearest
-from qdqtool.images import ImagePreprocessing
-from qdqtool.precision import FEW_BITS, INTEGER_PRECISIONS, Precision, Storage, weight_spec
+from qdqtool.planning import combination, target_file
+from qdqtool.planning.precision import FEW_BITS, INTEGER_PRECISIONS, Precision, Storage, weight_spec
+from qdqtool.planning.target import TARGETS, Target, target
 from qdqtool.spec import FORMATS, Format
-from qdqtool.target import TARGETS, Target, target
 
 BASE_OPSET = 13
 """Opset that every model is raised to: the first with a scale for each channel."""

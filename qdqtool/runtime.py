@@ -17,8 +17,8 @@ import numpy.typing as npt
 import onnx
 
 from qdqtool import foreign
-from qdqtool import model as models
 from qdqtool.errors import ModelError, RuntimeUnavailableError
+from qdqtool.graphs import model as models
 
 PROVIDERS: Final[Mapping[str, tuple[str, ...]]] = {
     "cpu": ("CPUExecutionProvider",),

@@ -11,10 +11,10 @@ import numpy.typing as npt
 import onnx
 import onnxruntime
 
-from qdqtool import model as models
-from qdqtool import placement
+from qdqtool.graphs import model as models
 from qdqtool.pipeline import Result, quantize
-from qdqtool.target import Target
+from qdqtool.planning.target import Target
+from qdqtool.verification import placement
 
 Array = npt.NDArray[Any]
 Arrays = dict[str, Array]

@@ -9,8 +9,8 @@ import onnx
 import pytest
 
 import qdqtool
-from qdqtool.batching import Batch
-from qdqtool.observe import ObserveJob
+from qdqtool.data.batching import Batch
+from qdqtool.observation.observe import ObserveJob
 from qdqtool.pipeline import Result
 from tests.builders import Arrays, conv, conv_values, feeds, normal, parse, weight
 

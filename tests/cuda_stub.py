@@ -21,8 +21,8 @@ from typing import Final
 
 import onnx
 
-from qdqtool import model as models
-from qdqtool.partition import Partition, partition_apart
+from qdqtool.graphs import model as models
+from qdqtool.verification.partition import Partition, partition_apart
 
 SOURCES: Final = Path(__file__).parent / "stubs" / "cuda"
 _CUDA: Final = re.compile(r"lib(cuda|cudart|cublas|cublasLt|cudnn|cufft|curand|nvrtc|nvJitLink)\.so\.\d+")

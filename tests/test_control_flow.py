@@ -11,8 +11,8 @@ import onnx
 import pytest
 
 from qdqtool.errors import RecipeError
+from qdqtool.graphs.scopes import bodies
 from qdqtool.pipeline import Result, quantize
-from qdqtool.scopes import bodies
 from tests.builders import Array, Arrays, normal, parse, run, weight
 
 CONSTANTS: dict[str, Array] = {

@@ -22,8 +22,8 @@ if child := os.fork():
 
 import resource
 import numpy as np
-from qdqtool.data import open_data
-from qdqtool.model import InputInfo
+from qdqtool.data.source import open_data
+from qdqtool.graphs.model import InputInfo
 
 def peak():
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

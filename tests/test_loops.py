@@ -6,7 +6,7 @@ import numpy as np
 import onnx
 import pytest
 
-from qdqtool.observe import with_outputs
+from qdqtool.observation.observe import with_outputs
 from tests.builders import Array, Arrays, normal, parse, run
 from tests.test_control_flow import in_bodies, made, reasons, sqnr
 

@@ -87,7 +87,7 @@ def test_the_wheel_says_what_it_is(wheel: Path) -> None:
     metadata = archive.read(f"{info}/METADATA").decode()
     assert "License-Expression: Apache-2.0" in metadata
     assert "Requires-Python: >=3.11" in metadata
-    assert "qdqtool = qdqtool.cli:main" in archive.read(f"{info}/entry_points.txt").decode()
+    assert "qdqtool = qdqtool.cli.main:main" in archive.read(f"{info}/entry_points.txt").decode()
     assert any(name.startswith(info) and name.endswith("LICENSE") for name in archive.namelist())
 
 

@@ -13,7 +13,7 @@ import qdqtool
 from qdqtool.errors import RecipeError, StatisticsError
 from qdqtool.registry import make
 from qdqtool.spec import FORMATS, QuantSpec, per_channel
-from qdqtool.statistics import TensorStatistics
+from qdqtool.statistics.tensor import TensorStatistics
 
 RNG = np.random.default_rng(3)
 SPREAD = np.logspace(-3, 0, 16).astype(np.float32)

@@ -15,10 +15,10 @@ import pytest
 from onnx import helper, numpy_helper
 
 import qdqtool
-from qdqtool import model as models
 from qdqtool import pipeline
-from qdqtool.data import open_data
+from qdqtool.data.source import open_data
 from qdqtool.errors import DataError, GateError, ModelError, PipelineError, QdqError, RecipeError
+from qdqtool.graphs import model as models
 from qdqtool.passes_api import Pass, State, Timing
 from qdqtool.recipe import Recipe
 

@@ -14,12 +14,12 @@ from click.testing import CliRunner
 
 import qdqtool
 from qdqtool.calibrator_api import Calibrator
-from qdqtool.cli import main
+from qdqtool.cli.main import main
 from qdqtool.passes_api import Pass
+from qdqtool.planning.target import TARGETS
 from qdqtool.recipe import Recipe
 from qdqtool.registry import catalogue
-from qdqtool.statistics import TensorStatistics
-from qdqtool.target import TARGETS
+from qdqtool.statistics.tensor import TensorStatistics
 
 ROOT = Path(__file__).parents[1]
 SAMPLE = ROOT / "samples" / "01_quantize_a_model"

@@ -12,7 +12,7 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qdqtool.cli_options import make_recipe as from_options
+from qdqtool.cli.options import make_recipe as from_options
 from qdqtool.errors import RecipeError
 from qdqtool.pipeline import make_recipe
 from qdqtool.recipe import Recipe, match_names

@@ -18,7 +18,7 @@ from qdqtool.errors import PipelineError, RecipeError
 from qdqtool.passes_api import Pass, describe
 from qdqtool.registry import catalogue, make
 from qdqtool.spec import QuantSpec, Range
-from qdqtool.statistics import TensorStatistics
+from qdqtool.statistics.tensor import TensorStatistics
 
 
 @dataclass(frozen=True)

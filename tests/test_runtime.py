@@ -17,9 +17,9 @@ import onnxruntime
 import pytest
 from onnx import helper, numpy_helper
 
-from qdqtool import model as models
 from qdqtool import runtime
 from qdqtool.errors import ModelError, RuntimeUnavailableError
+from qdqtool.graphs import model as models
 
 HEAD = '<ir_version: 8, opset_import: ["": 17]>'
 CONV_RELU = onnx.parser.parse_model(

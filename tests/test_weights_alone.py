@@ -11,10 +11,10 @@ import onnx
 import pytest
 
 import qdqtool
-from qdqtool import model as models
 from qdqtool import pipeline, runtime
-from qdqtool.blockwise import quantize as codes_of
+from qdqtool.arithmetic.blockwise import quantize as codes_of
 from qdqtool.errors import DataError, GateError, RecipeError
+from qdqtool.graphs import model as models
 from qdqtool.passes_api import PassManager
 from qdqtool.pipeline import Result
 from tests.builders import Array, conv_chain, feeds, normal, parse, run, sqnr

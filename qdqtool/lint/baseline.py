@@ -13,16 +13,16 @@ import numpy as np
 import onnx
 import pydantic
 
-from qdqtool import placement
 from qdqtool.errors import QdqError
 from qdqtool.lint.findings import Finding, Hit, Severity
 from qdqtool.lint.kernels import Kernels
 from qdqtool.lint.rules import BY_ID
 from qdqtool.lint.subject import Conversion, Subject, type_name
-from qdqtool.plan import Plan
+from qdqtool.planning.plan import Plan
+from qdqtool.planning.target import Target
 from qdqtool.report.values import plain
 from qdqtool.spec import FORMATS
-from qdqtool.target import Target
+from qdqtool.verification import placement
 
 Place = Literal["integer", "float", "gone"]
 _RANGE, _PLACE, _SQNR, _SCORE, _LATENCY = (BY_ID[f"QDQ10{n}"] for n in range(1, 6))

@@ -6,11 +6,11 @@ from collections.abc import Iterator
 
 import onnx
 
-from qdqtool.links import Links
+from qdqtool.graphs.links import Links
 from qdqtool.lint.subject import Conversion, Subject, type_name
+from qdqtool.planning.target import Emit, OpRule, Target
 from qdqtool.spec import FORMATS
-from qdqtool.target import Emit, OpRule, Target
-from qdqtool.unfused import UNKNOWN, why_float
+from qdqtool.verification.unfused import UNKNOWN, why_float
 
 
 class Kernels:

@@ -8,15 +8,15 @@ from typing import Final
 
 import onnx
 
-from qdqtool import model as models
 from qdqtool.errors import RecipeError
+from qdqtool.graphs import model as models
 from qdqtool.lint.findings import Checked, Finding, Rule, Severity
 from qdqtool.lint.rules import RULES
 from qdqtool.lint.subject import Subject
 from qdqtool.pipeline import RECIPE_KEY
+from qdqtool.planning.target import Target
+from qdqtool.planning.target_file import resolve
 from qdqtool.recipe import Recipe
-from qdqtool.target import Target
-from qdqtool.target_file import resolve
 
 _ORDER: Final = list(Severity)
 _PASSES: Final = 8

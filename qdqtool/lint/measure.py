@@ -6,12 +6,12 @@ import os
 
 import onnx
 
-from qdqtool import latency
-from qdqtool import model as models
-from qdqtool.comparison import compare
-from qdqtool.data import load_labels, open_data
+from qdqtool.data.source import load_labels, open_data
 from qdqtool.errors import DataError
+from qdqtool.graphs import model as models
 from qdqtool.lint.baseline import Measures
+from qdqtool.verification import latency
+from qdqtool.verification.comparison import compare
 
 SECONDS = 2.0
 """Time to measure latency for, at least 100 runs of each model."""

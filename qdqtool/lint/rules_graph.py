@@ -8,9 +8,9 @@ from collections.abc import Iterator
 
 import onnx
 
+from qdqtool.graphs.scopes import bodies
 from qdqtool.lint.findings import Hit
 from qdqtool.lint.subject import Conversion, Subject, type_name
-from qdqtool.scopes import bodies
 
 
 def invalid_model(subject: Subject) -> Iterator[Hit]:

@@ -8,15 +8,16 @@ from typing import Final
 
 import onnx
 
-from qdqtool import placement, runtime
+from qdqtool import runtime
 from qdqtool.errors import ModelError
-from qdqtool.links import Links
+from qdqtool.graphs.links import Links
 from qdqtool.lint.findings import Hit, Severity
 from qdqtool.lint.kernels import Kernels
 from qdqtool.lint.subject import Conversion, Subject, type_name
-from qdqtool.plan import Plan
-from qdqtool.target import Target
-from qdqtool.unfused import UNKNOWN, why_float
+from qdqtool.planning.plan import Plan
+from qdqtool.planning.target import Target
+from qdqtool.verification import placement
+from qdqtool.verification.unfused import UNKNOWN, why_float
 
 _CONVERTED: Final[Mapping[str, frozenset[str]]] = {
     "CUDAExecutionProvider": frozenset(

@@ -12,13 +12,13 @@ import numpy.typing as npt
 import onnx
 from onnx import numpy_helper
 
-from qdqtool import model as models
-from qdqtool import placement
 from qdqtool.errors import ModelError
-from qdqtool.links import CONVERSIONS, Links
-from qdqtool.model import DEFAULT_DOMAIN, ModelSource
-from qdqtool.scopes import bodies, make_names_unique
-from qdqtool.target import Target
+from qdqtool.graphs import model as models
+from qdqtool.graphs.links import CONVERSIONS, Links
+from qdqtool.graphs.model import DEFAULT_DOMAIN, ModelSource
+from qdqtool.graphs.scopes import bodies, make_names_unique
+from qdqtool.planning.target import Target
+from qdqtool.verification import placement
 
 Shape = tuple[int | None, ...]
 LAYERS: Final = frozenset({"Conv", "ConvTranspose", "Gemm", "MatMul"})

@@ -10,7 +10,7 @@ from rich.text import Text
 
 from qdqtool.lint.findings import Checked, Finding, Rule, Severity
 from qdqtool.report.layout import grid, more
-from qdqtool.report.units import count
+from qdqtool.units import count
 
 _COLOURS: Final = {Severity.ERROR: "bold red", Severity.WARNING: "yellow", Severity.NOTE: "cyan"}
 _SHOWN: Final = 8

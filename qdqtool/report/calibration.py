@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from rich.table import Table
 from rich.text import Text
 
-from qdqtool.adequacy import FEW, SETTLED, TOLERANCE, Adequacy, Outlier, TensorAdequacy
-from qdqtool.extremes import SampleId
-from qdqtool.report.units import count, listed
+from qdqtool.statistics.adequacy import FEW, SETTLED, TOLERANCE, Adequacy, Outlier, TensorAdequacy
+from qdqtool.statistics.extremes import SampleId
+from qdqtool.units import count, listed
 
 _NAMED = 3
 _ROWS = 8

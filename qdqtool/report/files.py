@@ -8,8 +8,8 @@ import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 
-from qdqtool import model as models
 from qdqtool.errors import ModelError, QdqError
+from qdqtool.graphs import model as models
 from qdqtool.passes_api import Callback, Pass, State, Timing
 
 

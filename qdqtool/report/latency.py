@@ -5,10 +5,10 @@ from __future__ import annotations
 from rich.console import Group, RenderableType
 from rich.text import Text
 
-from qdqtool.latency import Bench, Ratio
-from qdqtool.placement import is_integer_kernel
 from qdqtool.report.layout import grid, head
-from qdqtool.report.units import count
+from qdqtool.units import count
+from qdqtool.verification.latency import Bench, Ratio
+from qdqtool.verification.placement import is_integer_kernel
 
 _CONVERSIONS = ("QuantizeLinear", "DequantizeLinear")
 _LAYERS = ("Conv", "FusedConv", "NhwcFusedConv", "Gemm", "FusedGemm", "MatMul", "FusedMatMul", "ConvTranspose")

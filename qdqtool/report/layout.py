@@ -9,7 +9,7 @@ from rich.console import RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from qdqtool.report.units import count, listed
+from qdqtool.units import count, listed
 
 Side = Literal["left", "right"]
 

@@ -7,7 +7,7 @@ import json
 from typing import TYPE_CHECKING, Any
 
 from qdqtool.passes_api import State, Timing
-from qdqtool.plan import DerivedFrom, Entry, SharedWith
+from qdqtool.planning.plan import DerivedFrom, Entry, SharedWith
 from qdqtool.report.values import plain
 
 if TYPE_CHECKING:

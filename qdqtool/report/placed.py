@@ -8,15 +8,15 @@ from collections.abc import Mapping
 from rich.console import RenderableType
 from rich.text import Text
 
-from qdqtool.macs import Macs
-from qdqtool.partition import Partition
-from qdqtool.placement import Placement, is_integer_kernel
+from qdqtool.graphs.macs import Macs
+from qdqtool.planning.target import Target, known_target
+from qdqtool.planning.target_file import resolve
 from qdqtool.report.layout import by_reason, head, operators
-from qdqtool.report.units import count, listed, quantity
 from qdqtool.report.values import Report
 from qdqtool.runtime import PROVIDERS
-from qdqtool.target import Target, known_target
-from qdqtool.target_file import resolve
+from qdqtool.units import count, listed, quantity
+from qdqtool.verification.partition import Partition
+from qdqtool.verification.placement import Placement, is_integer_kernel
 
 _ALSO: Mapping[str, tuple[str, ...]] = {"cuda": ("tensorrt",)}
 """Providers on which figures of a target's file are its own, beside the provider that it is made for."""

@@ -10,7 +10,7 @@ from rich import progress as bars
 from rich.console import Console
 from rich.text import Text
 
-from qdqtool.observe import Progress
+from qdqtool.observation.observe import Progress
 
 _TITLES = {"observe": "Observing", "compare": "Comparing"}
 

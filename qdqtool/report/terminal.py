@@ -12,15 +12,15 @@ from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from qdqtool.comparison import Comparison
 from qdqtool.passes_api import Skip, State, Timing
-from qdqtool.plan import DerivedFrom, Entry, SharedWith
-from qdqtool.precision import INTEGER_PRECISIONS
+from qdqtool.planning.plan import DerivedFrom, Entry, SharedWith
+from qdqtool.planning.precision import INTEGER_PRECISIONS
 from qdqtool.report import calibration
 from qdqtool.report.layout import by_reason, grid, head, more, operators
 from qdqtool.report.placed import fits, integers, target_of
-from qdqtool.report.units import count, db, duration, percent, size
 from qdqtool.report.values import Report
+from qdqtool.units import count, db, duration, percent, size
+from qdqtool.verification.comparison import Comparison
 
 OUTPUTS = 8
 """Outputs and tensors listed before the rest is only counted."""

@@ -13,15 +13,15 @@ from typing import Any
 import onnx
 
 import qdqtool
-from qdqtool import model as models
-from qdqtool.adequacy import Adequacy, assess
-from qdqtool.comparison import Comparison
-from qdqtool.macs import Macs, count
-from qdqtool.partition import Partition
+from qdqtool.graphs import model as models
+from qdqtool.graphs.macs import Macs, count
+from qdqtool.graphs.scopes import bodies
 from qdqtool.passes_api import Skip, State, Timing
-from qdqtool.placement import Placement, is_integer_kernel
-from qdqtool.plan import params_of
-from qdqtool.scopes import bodies
+from qdqtool.planning.plan import params_of
+from qdqtool.statistics.adequacy import Adequacy, assess
+from qdqtool.verification.comparison import Comparison
+from qdqtool.verification.partition import Partition
+from qdqtool.verification.placement import Placement, is_integer_kernel
 
 
 @dataclass(frozen=True)

@@ -18,8 +18,8 @@ import onnxruntime
 from onnx.backend.test.loader import load_model_tests
 
 from qdqtool import foreign, pipeline
-from qdqtool import model as models
 from qdqtool.errors import PipelineError, QdqError
+from qdqtool.graphs import model as models
 from qdqtool.passes_api import PassManager
 from qdqtool.recipe import Recipe
 

@@ -7,9 +7,9 @@ import numpy.typing as npt
 import pytest
 from scipy.special import ndtr
 
-from qdqtool.affine import fake_quantize, params_from_range
+from qdqtool.arithmetic.affine import fake_quantize, params_from_range
 from qdqtool.spec import QuantSpec, Range
-from qdqtool.statistics import TensorStatistics
+from qdqtool.statistics.tensor import TensorStatistics
 
 Array = npt.NDArray[np.float32]
 

@@ -11,7 +11,7 @@ from qdqtool.calibrators.aciq import Aciq
 from qdqtool.calibrators.aciq_gauss import AciqGauss
 from qdqtool.calibrators.aciq_laplace import AciqLaplace
 from qdqtool.spec import FORMATS, QuantSpec
-from qdqtool.statistics import TensorStatistics
+from qdqtool.statistics.tensor import TensorStatistics
 
 Array = npt.NDArray[np.float32]
 Observe = Callable[..., TensorStatistics]

@@ -9,9 +9,9 @@ import pytest
 from scipy.optimize import minimize_scalar
 
 from qdqtool.calibrators.aciq_gauss import AciqGauss
-from qdqtool.distribution import gauss_clip
 from qdqtool.spec import FORMATS, QuantSpec
-from qdqtool.statistics import TensorStatistics
+from qdqtool.statistics.distribution import gauss_clip
+from qdqtool.statistics.tensor import TensorStatistics
 
 Array = npt.NDArray[np.float32]
 Observe = Callable[..., TensorStatistics]

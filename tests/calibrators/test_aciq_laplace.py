@@ -7,9 +7,9 @@ import numpy.typing as npt
 import pytest
 
 from qdqtool.calibrators.aciq_laplace import AciqLaplace
-from qdqtool.distribution import laplace_clip
 from qdqtool.spec import FORMATS, QuantSpec
-from qdqtool.statistics import TensorStatistics
+from qdqtool.statistics.distribution import laplace_clip
+from qdqtool.statistics.tensor import TensorStatistics
 
 Array = npt.NDArray[np.float32]
 Observe = Callable[..., TensorStatistics]

@@ -6,12 +6,12 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from qdqtool.affine import expected_error
+from qdqtool.arithmetic.affine import expected_error
 from qdqtool.calibrators.auto import Auto
 from qdqtool.errors import RecipeError
 from qdqtool.registry import make
 from qdqtool.spec import FORMATS, QuantSpec
-from qdqtool.statistics import TensorStatistics
+from qdqtool.statistics.tensor import TensorStatistics
 
 Array = npt.NDArray[np.float32]
 Observe = Callable[..., TensorStatistics]

@@ -14,7 +14,7 @@ from qdqtool.calibrator_api import Calibrator, Stat
 from qdqtool.calibrators import BUILTIN
 from qdqtool.registry import catalogue, make
 from qdqtool.spec import FORMATS, QuantSpec
-from qdqtool.statistics import TensorStatistics
+from qdqtool.statistics.tensor import TensorStatistics
 
 Array = npt.NDArray[np.float32]
 Observe = Callable[..., TensorStatistics]

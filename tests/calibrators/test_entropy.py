@@ -8,9 +8,9 @@ import pytest
 
 from qdqtool.calibrators.entropy import _SHARES, Entropy, _Counts
 from qdqtool.calibrators.minmax import MinMax
-from qdqtool.distribution import partial_moments
 from qdqtool.spec import FORMATS, QuantSpec, Range
-from qdqtool.statistics import TensorStatistics
+from qdqtool.statistics.distribution import partial_moments
+from qdqtool.statistics.tensor import TensorStatistics
 
 Array = npt.NDArray[np.float32]
 Observe = Callable[..., TensorStatistics]

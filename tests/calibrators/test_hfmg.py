@@ -8,13 +8,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qdqtool.affine import expected_error
+from qdqtool.arithmetic.affine import expected_error
 from qdqtool.calibrators.hfmg import Hfmg
 from qdqtool.calibrators.mse import Mse
-from qdqtool.distribution import tail_error
 from qdqtool.errors import RecipeError
 from qdqtool.spec import FORMATS, QuantSpec, Range
-from qdqtool.statistics import TensorStatistics
+from qdqtool.statistics.distribution import tail_error
+from qdqtool.statistics.tensor import TensorStatistics
 
 Array = npt.NDArray[np.float32]
 Observe = Callable[..., TensorStatistics]

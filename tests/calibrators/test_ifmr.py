@@ -8,12 +8,12 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from qdqtool.affine import expected_error
+from qdqtool.arithmetic.affine import expected_error
 from qdqtool.calibrators.ifmr import Ifmr
 from qdqtool.calibrators.minmax import MinMax
 from qdqtool.errors import RecipeError
 from qdqtool.spec import FORMATS, QuantSpec, Range
-from qdqtool.statistics import TensorStatistics
+from qdqtool.statistics.tensor import TensorStatistics
 
 Array = npt.NDArray[np.float32]
 Observe = Callable[..., TensorStatistics]

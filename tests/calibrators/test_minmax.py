@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 from qdqtool.calibrators.minmax import MinMax
 from qdqtool.spec import FORMATS, QuantSpec
-from qdqtool.statistics import TensorStatistics
+from qdqtool.statistics.tensor import TensorStatistics
 
 
 def test_range_is_least_and_greatest_value(observe: Callable[..., TensorStatistics]) -> None:

@@ -6,7 +6,7 @@ import pytest
 from qdqtool.calibrators.moving_average import MovingAverage
 from qdqtool.errors import RecipeError
 from qdqtool.spec import FORMATS, QuantSpec
-from qdqtool.statistics import TensorStatistics
+from qdqtool.statistics.tensor import TensorStatistics
 
 SPEC = QuantSpec(FORMATS["uint8"])
 

@@ -7,11 +7,11 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from qdqtool.affine import expected_error, fake_quantize, params_from_range
+from qdqtool.arithmetic.affine import expected_error, fake_quantize, params_from_range
 from qdqtool.calibrators.minmax import MinMax
 from qdqtool.calibrators.mse import Mse, _merged_far_below_top
 from qdqtool.spec import FORMATS, QuantSpec, Range
-from qdqtool.statistics import TensorStatistics
+from qdqtool.statistics.tensor import TensorStatistics
 
 Array = npt.NDArray[np.float32]
 Observe = Callable[..., TensorStatistics]

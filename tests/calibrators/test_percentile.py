@@ -8,7 +8,7 @@ import pytest
 from qdqtool.calibrators.percentile import Percentile
 from qdqtool.errors import RecipeError
 from qdqtool.spec import FORMATS, QuantSpec
-from qdqtool.statistics import TensorStatistics
+from qdqtool.statistics.tensor import TensorStatistics
 
 Observe = Callable[..., TensorStatistics]
 ASYMMETRIC, SYMMETRIC = QuantSpec(FORMATS["uint8"]), QuantSpec(FORMATS["int8"], symmetric=True)

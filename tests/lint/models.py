@@ -10,7 +10,7 @@ import onnx
 
 from qdqtool.lint import linting, subject
 from qdqtool.lint.findings import Checked, Finding
-from qdqtool.target import TARGETS
+from qdqtool.planning.target import TARGETS
 from tests.builders import Array, parse
 
 BODY = """

@@ -14,7 +14,7 @@ from qdqtool.lint import baseline, subject
 from qdqtool.lint.baseline import Baseline, Measures, Tolerances
 from qdqtool.lint.findings import Severity
 from qdqtool.lint.measure import measure
-from qdqtool.target import TARGETS
+from qdqtool.planning.target import TARGETS
 from tests.builders import conv_chain, feeds, quantized
 from tests.lint.models import model, values
 

@@ -7,7 +7,7 @@ import onnx
 import pytest
 
 from qdqtool.lint import linting, subject
-from qdqtool.target import TARGETS
+from qdqtool.planning.target import TARGETS
 from tests.builders import constants, ops, run, sqnr
 from tests.lint.models import checked, model, sample, values
 

@@ -15,8 +15,8 @@ import xmlschema
 from qdqtool.lint import linting, machine, subject, text
 from qdqtool.lint.findings import Checked, Severity
 from qdqtool.lint.rules import RULES, chosen
+from qdqtool.planning.target import TARGETS
 from qdqtool.report import terminal
-from qdqtool.target import TARGETS
 from tests.lint.models import model, values
 
 SCHEMAS = Path(__file__).parent / "schemas"

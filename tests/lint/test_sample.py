@@ -11,7 +11,7 @@ from pathlib import Path
 import yaml
 from click.testing import CliRunner
 
-from qdqtool.cli import main
+from qdqtool.cli.main import main
 
 SAMPLE = Path(__file__).parents[2] / "samples" / "03_check_in_ci"
 

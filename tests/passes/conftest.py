@@ -11,7 +11,7 @@ import onnx
 import onnxruntime
 import pytest
 
-from qdqtool import model
+from qdqtool.graphs import model
 from qdqtool.passes_api import GRAPH_FACTS, Fact, Pass, PassManager, State
 
 Array = npt.NDArray[Any]

@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from qdqtool import model as models
 from qdqtool import pipeline
+from qdqtool.graphs import model as models
 from tests.builders import Array, normal, parse, run, weight
 
 CONSTANTS: dict[str, Array] = {

@@ -12,15 +12,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from qdqtool import data as sources
-from qdqtool import graph as graphs
-from qdqtool import model as models
-from qdqtool import observe, pipeline, runtime
-from qdqtool.insert import insert
-from qdqtool.linear import bias_place, replace_constant
+from qdqtool import pipeline, runtime
+from qdqtool.data import source as sources
+from qdqtool.graphs import graph as graphs
+from qdqtool.graphs import model as models
+from qdqtool.graphs.linear import bias_place, replace_constant
+from qdqtool.observation import observe
 from qdqtool.passes import ChooseRanges, CorrectBias, Observe, PlanQuantization
 from qdqtool.passes.correct_bias import shrunk
 from qdqtool.passes_api import Fact, PassManager, State
+from qdqtool.planning.insert import insert
 from tests.builders import (
     TARGETS,
     Array,

@@ -8,8 +8,8 @@ import numpy as np
 import onnx
 import pytest
 
-from qdqtool import model as models
 from qdqtool import runtime
+from qdqtool.graphs import model as models
 from qdqtool.passes.expand_swish import ExpandSwish
 from qdqtool.passes.infer_shapes import InferShapes
 from qdqtool.passes_api import PassManager

@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from qdqtool import model as models
 from qdqtool import pipeline
+from qdqtool.graphs import model as models
 from qdqtool.passes.fold_batchnorm import FoldBatchnorm
 from qdqtool.passes.fold_input_scale import FoldInputScale
 from qdqtool.passes.infer_shapes import InferShapes

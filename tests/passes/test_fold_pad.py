@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from qdqtool import model as models
+from qdqtool.graphs import model as models
 from qdqtool.passes.fold_pad import FoldPad
 from qdqtool.passes.infer_shapes import InferShapes
 from tests.builders import normal, ops, parse, quantized, weight

@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from qdqtool import model as models
 from qdqtool import pipeline, runtime
+from qdqtool.graphs import model as models
 from qdqtool.passes.fuse_hard_swish import FuseHardSwish
 from qdqtool.passes.infer_shapes import InferShapes
 from tests.builders import normal, ops, parse, quantized, weight

@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from qdqtool import model as models
 from qdqtool import runtime
+from qdqtool.graphs import model as models
 from qdqtool.passes.fuse_normalization import FuseNormalization
 from qdqtool.passes.infer_shapes import InferShapes
 

@@ -9,14 +9,14 @@ import numpy as np
 import onnx
 import pytest
 
-from qdqtool import graph as graphs
-from qdqtool import model as models
-from qdqtool.lazy import Derived
+from qdqtool.graphs import graph as graphs
+from qdqtool.graphs import model as models
+from qdqtool.graphs.lazy import Derived
 from qdqtool.passes import GemmToMatmul
 from qdqtool.passes.gemm_to_matmul import transposed
 from qdqtool.passes_api import State
+from qdqtool.planning.target import target
 from qdqtool.recipe import Recipe
-from qdqtool.target import target
 from tests.builders import Array, feeds, normal, ops, parse, run
 
 VALUES = {

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import onnx
 
-from qdqtool import graph as graphs
+from qdqtool.graphs import graph as graphs
 from qdqtool.passes.infer_shapes import InferShapes
 
 

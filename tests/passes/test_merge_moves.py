@@ -8,7 +8,7 @@ import numpy as np
 import onnx_graphsurgeon as gs
 import pytest
 
-from qdqtool import model as models
+from qdqtool.graphs import model as models
 from qdqtool.passes.infer_shapes import InferShapes
 from qdqtool.passes.merge_moves import MergeMoves
 

@@ -10,7 +10,7 @@ import pytest
 from qdqtool import pipeline
 from qdqtool.errors import RecipeError
 from qdqtool.passes_api import State
-from qdqtool.plan import DerivedFrom, Plan, SharedWith
+from qdqtool.planning.plan import DerivedFrom, Plan, SharedWith
 from qdqtool.spec import QuantSpec
 from tests.builders import Array, conv, conv_values, normal, parse, weight
 

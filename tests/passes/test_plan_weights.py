@@ -11,7 +11,7 @@ import pytest
 from qdqtool import pipeline
 from qdqtool.errors import RecipeError
 from qdqtool.passes_api import State
-from qdqtool.plan import Plan
+from qdqtool.planning.plan import Plan
 from qdqtool.spec import QuantSpec
 from tests.builders import conv, conv_values, normal, parse
 

@@ -9,14 +9,14 @@ import numpy as np
 import onnx
 import pytest
 
-from qdqtool import graph as graphs
-from qdqtool import model as models
 from qdqtool import pipeline
-from qdqtool.linear import LinearLayer
+from qdqtool.arithmetic.second_moments import columns
+from qdqtool.graphs import graph as graphs
+from qdqtool.graphs import model as models
+from qdqtool.graphs.linear import LinearLayer
 from qdqtool.passes import RoundWeights
 from qdqtool.passes_api import State
-from qdqtool.plan import Use
-from qdqtool.second_moments import columns
+from qdqtool.planning.plan import Use
 from qdqtool.spec import QuantizedWeight
 from tests.builders import Array, Arrays, constants, conv_chain, normal, parse, quantized, reasons, run, sqnr, weight
 

@@ -9,9 +9,9 @@ import onnx
 import pytest
 
 import qdqtool
-from qdqtool import model as models
-from qdqtool.data import open_data
+from qdqtool.data.source import open_data
 from qdqtool.errors import StatisticsError
+from qdqtool.graphs import model as models
 from qdqtool.passes_api import Fact, PassManager, State
 from qdqtool.pipeline import load, make_recipe, preparation, quantization
 from tests.builders import TARGETS, Arrays, constants, normal, ops, parse, quality, quantized, run, sqnr, weight

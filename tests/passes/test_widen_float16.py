@@ -64,7 +64,7 @@ def test_values_between_are_those_of_float32(passes: Any) -> None:
     state = passes.state(passes.parse(text, big=np.array([10000], np.float16), hundred=np.array([100], np.float16)))
     for step in WIDEN:
         step.run(state)
-    from qdqtool import model
+    from qdqtool.graphs import model
 
     result = model.to_proto(state.graph, state.header)
     assert passes.evaluate(result, {"x": np.full((1, 4), 8, np.float16)})["y"].tolist() == [[800.0] * 4]

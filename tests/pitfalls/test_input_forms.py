@@ -11,7 +11,7 @@ import pytest
 
 from qdqtool import runtime
 from qdqtool.errors import DataError, ModelError
-from qdqtool.model import MAX_IR, MAX_OPSET, MIN_OPSET
+from qdqtool.graphs.model import MAX_IR, MAX_OPSET, MIN_OPSET
 from qdqtool.pipeline import Result, quantize
 from tests.builders import (
     TARGETS,

@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from qdqtool import comparison, pipeline, runtime
+from qdqtool import pipeline, runtime
+from qdqtool.verification import comparison
 from tests.builders import conv_chain, feeds, normal, parse, run, sqnr
 
 GOOD = 35.0

@@ -12,11 +12,12 @@ import numpy as np
 import onnx
 import pytest
 
-from qdqtool import affine, pipeline
-from qdqtool.blockwise import pack
-from qdqtool.insert import insert
+from qdqtool import pipeline
+from qdqtool.arithmetic import affine
+from qdqtool.arithmetic.blockwise import pack
 from qdqtool.passes import PlanQuantization
 from qdqtool.passes_api import PassManager, State
+from qdqtool.planning.insert import insert
 from qdqtool.spec import QuantizedWeight, QuantParams
 from tests.builders import normal, parse
 

@@ -8,9 +8,10 @@ import numpy as np
 import onnx
 import pytest
 
-from qdqtool import placement, runtime
+from qdqtool import runtime
 from qdqtool.errors import DataError, RecipeError
 from qdqtool.pipeline import Result, quantize
+from qdqtool.verification import placement
 from tests.builders import (
     TARGETS,
     Array,

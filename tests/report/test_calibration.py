@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from qdqtool.adequacy import FEW, Adequacy, Outlier, SetEnds, TensorAdequacy
-from qdqtool.extremes import SampleId
 from qdqtool.pipeline import quantize
 from qdqtool.report import calibration
+from qdqtool.statistics.adequacy import FEW, Adequacy, Outlier, SetEnds, TensorAdequacy
+from qdqtool.statistics.extremes import SampleId
 from tests import builders
 
 ONE, OTHER = SampleId(12, "a3f9c2001122"), SampleId(40, "00ff00aabbcc")

@@ -9,13 +9,13 @@ from typing import Any
 import pytest
 from rich.console import Console, Group
 
-from qdqtool import target_file
-from qdqtool.comparison import Comparison
-from qdqtool.partition import Partition
-from qdqtool.placement import Placement
+from qdqtool.planning import target_file
+from qdqtool.planning.target import TARGETS
 from qdqtool.report import placed
 from qdqtool.report.values import Report, Sizes
-from qdqtool.target import TARGETS
+from qdqtool.verification.comparison import Comparison
+from qdqtool.verification.partition import Partition
+from qdqtool.verification.placement import Placement
 
 
 def page(target: object = "cpu", **changes: Any) -> str:

@@ -10,11 +10,11 @@ from typing import Any
 import pytest
 from rich.console import Console, RenderableType
 
-from qdqtool.adequacy import Adequacy, TensorAdequacy
-from qdqtool.comparison import Comparison
 from qdqtool.passes_api import Skip, Timing
 from qdqtool.report import progress, terminal
 from qdqtool.report.values import Report, Sizes
+from qdqtool.statistics.adequacy import Adequacy, TensorAdequacy
+from qdqtool.verification.comparison import Comparison
 
 
 def text(page: RenderableType) -> str:

@@ -7,11 +7,11 @@ from typing import ClassVar
 
 import numpy as np
 
-from qdqtool import graph as graphs
 from qdqtool.calibrator_api import Stat
+from qdqtool.graphs import graph as graphs
 from qdqtool.passes_api import GRAPH_FACTS, Fact, State
 from qdqtool.spec import FloatArray, QuantSpec, Range
-from qdqtool.statistics import TensorStatistics
+from qdqtool.statistics.tensor import TensorStatistics
 
 
 @dataclass(frozen=True)

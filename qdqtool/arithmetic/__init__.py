@@ -1,0 +1,1 @@
+"""Codes, scales and rounding: the numbers of quantization."""

@@ -1,0 +1,1 @@
+"""Calibration data: whatever the user has, as samples and batches."""

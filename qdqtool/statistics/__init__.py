@@ -1,0 +1,1 @@
+"""What was seen of a tensor, mergeable bit for bit, and what follows from it."""
