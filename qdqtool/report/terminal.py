@@ -192,7 +192,7 @@ def _score(found: Comparison) -> list[RenderableType]:
             f"{difference:+.2f} points" if is_share else f"{difference:+.4g}",
         )  # fmt: skip
     parts: list[RenderableType] = [Text(""), table] if table.row_count else []
-    if found.difference is not None:
+    if found.difference is not None and found.difference.value:
         chance = "more than chance" if found.difference.significant else "may be chance"
         interval = f"{found.difference.lo:+.2f} to {found.difference.hi:+.2f}"
         parts.append(Text(f"  95 % interval {interval}, p = {found.difference.p:.3f}: {chance}", style="dim"))
