@@ -10,7 +10,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from qdqtool.graphs import graph as graphs
+import onnx_graphsurgeon as gs
+
 from qdqtool.graphs.pattern import Rewriter, is_op
 from qdqtool.passes_api import GRAPH_FACTS, Fact, State
 
@@ -26,22 +27,20 @@ class ExpandSwish:
 
     def run(self, state: State) -> int:
         """Rewrite every Swish; returns how many."""
-        rewriter, changes = Rewriter(state), 0
-        for _, graph in graphs.all_graphs(state.graph):
-            for node in graph.nodes:
-                if not is_op(node, "Swish"):
-                    continue
-                x, alpha = node.inputs[0], float(node.attrs.get("alpha", 1.0))
-                if x.dtype is None:
-                    state.skip(self.name, node.name, f"the type of {x.name!r} is not known")
-                    continue
-                scaled = x
-                if alpha != 1.0:
-                    factor = rewriter.constant(f"{node.name}.alpha", alpha, x)
-                    scaled = rewriter.node("Mul", f"{node.name}.scale", [x, factor], x)
-                gate = rewriter.node("Sigmoid", f"{node.name}.sigmoid", [scaled], x)
-                rewriter.replace(node, "Mul", [x, gate], [node])
-                changes += 1
-            rewriter.place(graph)
-        graphs.sweep(state.graph)
-        return changes
+        rewriter = Rewriter(state)
+
+        def rewrite(node: gs.Node, graph: gs.Graph) -> str | bool:
+            if not is_op(node, "Swish"):
+                return False
+            x, alpha = node.inputs[0], float(node.attrs.get("alpha", 1.0))
+            if x.dtype is None:
+                return f"the type of {x.name!r} is not known"
+            scaled = x
+            if alpha != 1.0:
+                factor = rewriter.constant(f"{node.name}.alpha", alpha, x)
+                scaled = rewriter.node("Mul", f"{node.name}.scale", [x, factor], x)
+            gate = rewriter.node("Sigmoid", f"{node.name}.sigmoid", [scaled], x)
+            rewriter.replace(node, "Mul", [x, gate], [node])
+            return True
+
+        return rewriter.each(self.name, rewrite)

@@ -55,23 +55,18 @@ class FuseGelu:
 
     def run(self, state: State) -> int:
         """Rewrite every Gelu; returns how many."""
-        outputs, rewriter = graphs.output_ids(state.graph), Rewriter(state)
-        changes = 0
-        for _, graph in graphs.all_graphs(state.graph):
-            for node in graph.nodes:
-                found = _match(node, outputs) if is_op(node, *_ARGUMENTS) else None
-                if isinstance(found, _Gelu):
-                    reason = _obstacle(found, state.graph.opset, outputs)
-                    if reason is None:
-                        _rewrite(found, state.graph.opset, rewriter)
-                        changes += 1
-                    else:
-                        state.skip(self.name, node.name, reason)
-                elif found is not None:
-                    state.skip(self.name, node.name, found)
-            rewriter.place(graph)
-        graphs.sweep(state.graph)
-        return changes
+        outputs, rewriter, opset = graphs.output_ids(state.graph), Rewriter(state), state.graph.opset
+
+        def rewrite(node: gs.Node, graph: gs.Graph) -> str | bool:
+            found = _match(node, outputs) if is_op(node, *_ARGUMENTS) else None
+            if not isinstance(found, _Gelu):
+                return found or False
+            reason = _obstacle(found, opset, outputs)
+            if reason is None:
+                _rewrite(found, opset, rewriter)
+            return reason or True
+
+        return rewriter.each(self.name, rewrite)
 
 
 def _match(function: gs.Node, outputs: set[int]) -> _Gelu | str | None:

@@ -84,22 +84,18 @@ class FuseHardSwish:
     def run(self, state: State) -> int:
         """Rewrite each that is not in its best form; returns how many."""
         outputs, rewriter = graphs.output_ids(state.graph), Rewriter(state)
-        changes = 0
-        for _, graph in graphs.all_graphs(state.graph):
-            for node in graph.nodes:
-                found = _match(node, outputs)
-                steps = [] if found is None else _form(found, state.graph.opset, outputs)
-                if found is None or [step.label for step in steps] == found.labels:
-                    continue
-                reason = _obstacle(found, outputs)
-                if reason is None:
-                    _rewrite(found, steps, rewriter)
-                    changes += 1
-                else:
-                    state.skip(self.name, node.name, reason)
-            rewriter.place(graph)
-        graphs.sweep(state.graph)
-        return changes
+
+        def rewrite(node: gs.Node, graph: gs.Graph) -> str | bool:
+            found = _match(node, outputs)
+            steps = [] if found is None else _form(found, state.graph.opset, outputs)
+            if found is None or [step.label for step in steps] == found.labels:
+                return False
+            reason = _obstacle(found, outputs)
+            if reason is None:
+                _rewrite(found, steps, rewriter)
+            return reason or True
+
+        return rewriter.each(self.name, rewrite)
 
 
 def _match(node: gs.Node, outputs: set[int]) -> _Match | None:

@@ -79,21 +79,17 @@ class FuseNormalization:
     def run(self, state: State) -> int:
         """Rewrite every normalization; returns how many."""
         outputs, rewriter, opset = graphs.output_ids(state.graph), Rewriter(state), state.graph.opset
-        changes = 0
-        for _, graph in graphs.all_graphs(state.graph):
-            for node in graph.nodes:
-                found = _match(node, outputs) if is_op(node, "ReduceMean") else None
-                if found is None:
-                    continue
-                reason = found if isinstance(found, str) else _obstacle(found, opset, outputs)
-                if isinstance(found, str) or reason is not None:
-                    state.skip(self.name, node.name, reason or "")
-                else:
-                    _rewrite(found, opset, rewriter)
-                    changes += 1
-            rewriter.place(graph)
-        graphs.sweep(state.graph)
-        return changes
+
+        def rewrite(node: gs.Node, graph: gs.Graph) -> str | bool:
+            found = _match(node, outputs) if is_op(node, "ReduceMean") else None
+            if not isinstance(found, _Match):
+                return found or False
+            reason = _obstacle(found, opset, outputs)
+            if reason is None:
+                _rewrite(found, opset, rewriter)
+            return reason or True
+
+        return rewriter.each(self.name, rewrite)
 
 
 def _match(mean: gs.Node, outputs: set[int]) -> _Match | str | None:

@@ -34,18 +34,14 @@ class MergeMoves:
     def run(self, state: State) -> int:
         """Merge every node with the one before it where both move values alike; returns how many were."""
         outputs, rewriter = graphs.output_ids(state.graph), Rewriter(state)
-        changes = 0
-        for _, graph in graphs.all_graphs(state.graph):
-            for node in graph.nodes:
-                before = graphs.producer(node.inputs[0]) if is_op(node, "Transpose", *_SHAPING) else None
-                if before is None or not is_op(before, *(("Transpose",) if node.op == "Transpose" else _SHAPING)):
-                    continue
-                reason = _merge(node, before, graph, outputs, rewriter)
-                changes += reason is None
-                if reason is not None:
-                    state.skip(self.name, node.name, reason)
-        graphs.sweep(state.graph)
-        return changes
+
+        def rewrite(node: gs.Node, graph: gs.Graph) -> str | bool:
+            before = graphs.producer(node.inputs[0]) if is_op(node, "Transpose", *_SHAPING) else None
+            if before is None or not is_op(before, *(("Transpose",) if node.op == "Transpose" else _SHAPING)):
+                return False
+            return _merge(node, before, graph, outputs, rewriter) or True
+
+        return rewriter.each(self.name, rewrite)
 
 
 def _merge(node: gs.Node, before: gs.Node, graph: gs.Graph, outputs: set[int], rewriter: Rewriter) -> str | None:

@@ -7,7 +7,7 @@ polynomial of a tensor x that other tensors are, and the affine map with scalars
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
@@ -162,6 +162,22 @@ class Rewriter:
         self._added: list[gs.Node] = []
         self._before: dict[int, list[gs.Node]] = {}
 
+    def each(self, pass_name: str, rewrite: Callable[[gs.Node, gs.Graph], str | bool]) -> int:
+        """Call ``rewrite`` with every node and its graph; returns how many nodes it has rewritten.
+
+        It returns True where it has, a reason where a candidate stays, which is recorded for the pass, else False.
+        """
+        changes = 0
+        for _, graph in graphs.all_graphs(self._state.graph):
+            for node in graph.nodes:
+                result = rewrite(node, graph)
+                changes += result is True
+                if isinstance(result, str):
+                    self._state.skip(pass_name, node.name, result)
+            self._place(graph)
+        graphs.sweep(self._state.graph)
+        return changes
+
     def constant(self, name: str, values: Any, like: gs.Tensor | None = None) -> gs.Constant:
         """A new constant, of the type of ``like`` where that is given."""
         dtype = None if like is None else like.dtype
@@ -194,7 +210,7 @@ class Rewriter:
         self._before[id(last)] = self._before.get(id(last), []) + self._added
         self._added = []
 
-    def place(self, graph: gs.Graph) -> None:
+    def _place(self, graph: gs.Graph) -> None:
         """Put the nodes that were added for nodes of this graph where they belong."""
         if any(id(node) in self._before for node in graph.nodes):
             graph.nodes = [one for node in graph.nodes for one in (*self._before.pop(id(node), ()), node)]
