@@ -56,5 +56,6 @@ def _of_channels(stats: TensorStatistics, spec: QuantSpec) -> Range:
 def _compared(stats: TensorStatistics, spec: QuantSpec) -> tuple[dict[str, Range], dict[str, float]]:
     priors: tuple[Calibrator, ...] = (AciqLaplace(), AciqGauss())
     ranges = {p.name: choose(p, stats, spec) for p in priors}
-    errors = expected_error(stats.bins, [r.lo for r in ranges.values()], [r.hi for r in ranges.values()], spec)
+    bins = stats.bins.weighted(spec.negative_weight)
+    errors = expected_error(bins, [r.lo for r in ranges.values()], [r.hi for r in ranges.values()], spec)
     return ranges, {name: float(error) for name, error in zip(ranges, errors, strict=True)}

@@ -65,5 +65,6 @@ class Auto:
 
 
 def _errors(ranges: dict[str, Range], stats: TensorStatistics, spec: QuantSpec) -> dict[str, float]:
-    errors = expected_error(stats.bins, [r.lo for r in ranges.values()], [r.hi for r in ranges.values()], spec)
+    bins = stats.bins.weighted(spec.negative_weight)
+    errors = expected_error(bins, [r.lo for r in ranges.values()], [r.hi for r in ranges.values()], spec)
     return dict(zip(ranges, errors.tolist(), strict=True))

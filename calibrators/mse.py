@@ -16,9 +16,10 @@ import numpy as np
 import numpy.typing as npt
 
 from qdqtool.arithmetic.affine import expected_error, params_from_range
+from qdqtool.arithmetic.channel_error import least_of_statistics
 from qdqtool.calibrator_api import Stat
 from qdqtool.spec import FloatArray, IntArray, QuantSpec, Range
-from qdqtool.statistics.distribution import Side, is_zero, tail_error, within
+from qdqtool.statistics.distribution import Side, channels_of, is_zero, tail_error, within
 from qdqtool.statistics.histogram import Bins
 from qdqtool.statistics.tensor import TensorStatistics
 
@@ -41,7 +42,9 @@ class Mse:
     needs: ClassVar[frozenset[Stat]] = frozenset({Stat.EXTREMES, Stat.HISTOGRAM})
 
     def choose(self, stats: TensorStatistics, spec: QuantSpec) -> Range:
-        """Return the range of least error, minmax on a tie."""
+        """Return the range of least error, minmax on a tie; or that of each channel."""
+        if spec.granularity.axis is not None:
+            return least_of_statistics(channels_of(stats), spec)
         if is_zero(stats):
             return within(stats, 0, 0)
         search = _Search(stats, spec)
@@ -64,7 +67,7 @@ class _Search:
     def __init__(self, stats: TensorStatistics, spec: QuantSpec) -> None:
         self.spec, self.side = spec, Side.of(stats, spec)
         self.lo, self.hi, self.occupied = stats.lo, stats.hi, stats.bins.count.size
-        self.bins = _merged_far_below_top(stats.bins)
+        self.bins = _merged_far_below_top(stats.bins.weighted(spec.negative_weight))
         self.discrete = self.occupied <= _DISCRETE * (spec.steps + 1)
         self.affordable = _BUDGET * (3 if self.discrete else 1) // spec.steps
         self.apart = self.side is Side.BOTH and self.affordable > _FEW

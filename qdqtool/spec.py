@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import enum
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Final
+from dataclasses import dataclass, field, replace
+from typing import Final, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -18,6 +18,8 @@ from qdqtool.errors import RecipeError, nearest
 
 FloatArray = npt.NDArray[np.float64]
 IntArray = npt.NDArray[np.int64]
+Allocation = Literal["mean_width", "published"]
+"""How bits are shared out among the channels of a tensor (:mod:`qdqtool.arithmetic.bit_allocation`)."""
 
 
 @dataclass(frozen=True)
@@ -103,6 +105,7 @@ class Granularity:
 
 
 PER_TENSOR: Final = Granularity()
+_TERNARY: Final = 2  # bits of which a narrow range would lose a level of four
 
 
 def per_channel(axis: int) -> Granularity:
@@ -151,8 +154,13 @@ class QuantSpec:
         narrow: signed codes leave the least code out ([-127, 127]), so that the range is symmetric.
         fixed: a range (lo, hi) that is set by the user and not chosen by a calibrator.
         bound: an interval that the values provably never leave (Clip, Sigmoid); the chosen range is kept inside it.
-        bits: codes use only so many bits of the format (7-bit weights in int8); None: all.
+        bits: codes use only so many bits of the format (7-bit weights in int8), on average where they are allocated;
+            None: all.
         headroom: the chosen range is widened by this factor, for values beyond those that were observed.
+        negative_weight: squared errors of values below 0 count so much beside those of values above: a LeakyRelu that
+            alone reads the tensor scales them.
+        allocation: how the bits are shared out among the channels; None: all have the same.
+        split: channels are stored apart, by the type that holds their width.
     """
 
     format: Format
@@ -163,11 +171,14 @@ class QuantSpec:
     bound: tuple[float, float] | None = None
     bits: int | None = None
     headroom: float = 1.0
+    negative_weight: float = 1.0
+    allocation: Allocation | None = None
+    split: bool = False
 
     @property
     def qmin(self) -> int:
         """Least code in use."""
-        least = self.format.qmin if self.bits is None or not self.format.signed else -(1 << (self.bits - 1))
+        least = self.format.qmin if self.bits is None or not self.format.signed else -(1 << self.bits >> 1)
         return least + (1 if self.narrow and self.format.signed else 0)
 
     @property
@@ -175,12 +186,25 @@ class QuantSpec:
         """Greatest code in use."""
         if self.bits is None:
             return self.format.qmax
-        return (1 << (self.bits - self.format.signed)) - 1
+        return (1 << max(self.bits - self.format.signed, 0)) - 1
 
     @property
     def steps(self) -> int:
         """Number of steps, n = qmax - qmin."""
         return self.qmax - self.qmin
+
+    def of_width(self, bits: int) -> QuantSpec:
+        """The spec of a channel whose codes have so many bits of the format, from 0; those of 2 use all four."""
+        return replace(self, bits=bits, narrow=self.narrow and bits > _TERNARY, allocation=None)
+
+    def limits(self, channel_bits: IntArray | None = None) -> tuple[IntArray, IntArray]:
+        """Least and greatest code: int64 of shape (), or (channels,) where each channel has its own bits."""
+        if channel_bits is None:
+            return np.asarray(self.qmin, np.int64), np.asarray(self.qmax, np.int64)
+        widths, which = np.unique(channel_bits, return_inverse=True)
+        specs = [self.of_width(bits) for bits in widths.tolist()]
+        ends = np.array([[spec.qmin, spec.qmax] for spec in specs], np.int64).reshape(-1, 2)
+        return ends[which, 0], ends[which, 1]
 
     def __str__(self) -> str:
         return f"{self.format.name} {'symmetric' if self.symmetric else 'asymmetric'} {self.granularity}"
@@ -195,15 +219,20 @@ class QuantParams:
         scale: float32 array of shape (), (channels,), or the tensor's with its block axis divided by the block size.
         zero_point: int64 array of scale's shape, inside the format's codes.
         method: who chose the range, e.g. ``"mse"``.
+        channel_bits: int64 (channels,), bits of each channel's codes, from 0; None: all have those of the spec.
     """
 
     spec: QuantSpec
     scale: npt.NDArray[np.float32]
     zero_point: IntArray
     method: str = ""
+    channel_bits: IntArray | None = None
 
     def __post_init__(self) -> None:
-        for name, dtype in (("scale", np.float32), ("zero_point", np.int64)):
+        wanted: list[tuple[str, type[np.generic]]] = [("scale", np.float32), ("zero_point", np.int64)]
+        if self.channel_bits is not None:
+            wanted.append(("channel_bits", np.int64))
+        for name, dtype in wanted:
             array = np.asarray(getattr(self, name), dtype=dtype)
             if array.flags.writeable:  # what cannot change is shared: one zero broadcast to a million blocks, say
                 array = array.copy()
@@ -214,7 +243,24 @@ class QuantParams:
     def range(self) -> Range:
         """The real interval that the codes cover."""
         scale, zero = self.scale.astype(np.float64), self.zero_point
-        return Range(scale * (self.spec.qmin - zero), scale * (self.spec.qmax - zero))
+        return Range(scale * (self.qmin - zero), scale * (self.qmax - zero))
+
+    @property
+    def qmin(self) -> IntArray:
+        """Least code in use: int64 of shape (), or of each channel where they differ (channels,)."""
+        return self.spec.limits(self.channel_bits)[0]
+
+    @property
+    def qmax(self) -> IntArray:
+        """Greatest code in use: int64 of shape (), or of each channel where they differ (channels,)."""
+        return self.spec.limits(self.channel_bits)[1]
+
+    @property
+    def mean_bits(self) -> float:
+        """Bits of a code, on average where channels differ."""
+        if self.channel_bits is None:
+            return float(self.spec.bits or self.spec.format.bits)
+        return float(self.channel_bits.mean())
 
     def same_codes(self, other: QuantParams) -> bool:
         """Whether both quantize every value to the same code of the same type."""
@@ -223,6 +269,8 @@ class QuantParams:
             and self.spec.granularity == other.spec.granularity
             and np.array_equal(self.scale, other.scale)
             and np.array_equal(self.zero_point, other.zero_point)
+            and np.array_equal(self.qmin, other.qmin)
+            and np.array_equal(self.qmax, other.qmax)
         )
 
 

@@ -149,6 +149,11 @@ class ChannelStatistics:
         return self._sums.value().reshape(3, -1)
 
     @property
+    def bins(self) -> tuple[FloatArray, FloatArray, IntArray]:
+        """The coarse histogram of non-zero values: lower and upper edges (bins,) and counts (channels, bins)."""
+        return self._bins.signed()
+
+    @property
     def mean(self) -> FloatArray:
         """E[X], float64 (channels,)."""
         return np.clip(_ratio(self._moments[0], self._count), self.lo, self.hi)

@@ -251,6 +251,13 @@ class CoarseBins:
             total += (count * (lo**2 + lo * hi + hi**2) / 3).sum(axis=1)
         return total
 
+    def signed(self) -> tuple[FloatArray, FloatArray, IntArray]:
+        """Edges of the values in every bin, lower and upper, float64 (bins,), and int64 counts (channels, bins)."""
+        below = [(-hi, -lo, count) for lo, hi, count in self._side(negative=True)]
+        sides = [(np.empty(0), np.empty(0), np.empty((self.channels, 0))), *below, *self._side(negative=False)]
+        lo, hi, count = (np.concatenate(part, axis=-1) for part in zip(*sides, strict=True))
+        return lo, hi, count.astype(np.int64)
+
     @staticmethod
     def are_pages(pages: npt.NDArray[Any], bins: npt.NDArray[Any], count: IntArray) -> bool:
         """Whether these can be pages and their counts in channels of ``count`` values, int64 (channels,)."""

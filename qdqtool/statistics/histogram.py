@@ -13,7 +13,7 @@ import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Final
+from typing import Any, Final
 
 import numpy as np
 import numpy.typing as npt
@@ -63,7 +63,7 @@ class Bins:
 
     Attributes:
         lo, hi: float64 edges (n,); the bin of exact zeros has lo = hi = 0.
-        count: int64 counts (n,).
+        count: int64 counts (n,); float64 where they are weights (:meth:`weighted`).
     """
 
     lo: FloatArray
@@ -79,6 +79,13 @@ class Bins:
     def total(self) -> int:
         """Number of values counted."""
         return int(self.count.sum())
+
+    def weighted(self, below: float) -> Bins:
+        """The bins with counts below 0 multiplied by ``below``: float64 weights of squared errors."""
+        if below == 1:
+            return self
+        weights: Any = np.where(self.hi <= 0, self.count * below, self.count)
+        return Bins(self.lo, self.hi, weights)
 
     @property
     def zeros(self) -> int:

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 import numpy.typing as npt
@@ -10,6 +11,7 @@ import pytest
 from qdqtool.arithmetic.affine import expected_error, fake_quantize, params_from_range
 from qdqtool.calibrators.minmax import MinMax
 from qdqtool.calibrators.mse import Mse, _merged_far_below_top
+from qdqtool.registry import make
 from qdqtool.spec import FORMATS, QuantSpec, Range
 from qdqtool.statistics.tensor import TensorStatistics
 
@@ -100,3 +102,17 @@ def test_pixels_scaled_to_minus_one_to_one_do_not_all_fall_between_two_codes(obs
     chosen = params_from_range(Mse().choose(stats, spec), spec)
     minmax = params_from_range(Range(np.array(stats.lo), np.array(stats.hi)), spec)
     assert np.mean((fake_quantize(x, chosen) - x) ** 2) < 0.5 * np.mean((fake_quantize(x, minmax) - x) ** 2)
+
+
+@pytest.mark.parametrize("name", ["mse", "auto"])
+def test_the_range_serves_what_a_leaky_relu_puts_out(observe: Observe, samples: dict[str, Array], name: str) -> None:
+    """Errors below 0 hardly count behind it: the range gives up least values for a finer step."""
+    x = np.where(samples["laplace"] < 0, 4, 1) * samples["laplace"]
+    spec, calibrator = QuantSpec(FORMATS["uint8"]), make("calibrators", name, {})
+
+    def behind(spec: QuantSpec) -> float:
+        chosen = calibrator.choose(observe(x), spec)
+        got = fake_quantize(x, params_from_range(chosen, spec))
+        return float(np.square(np.where(got < 0, 0.1, 1) * got - np.where(x < 0, 0.1, 1) * x).mean())
+
+    assert behind(replace(spec, negative_weight=0.1**2)) < 0.8 * behind(spec)

@@ -131,7 +131,7 @@ def test_without_data_what_is_left_out_is_named(run: Run, work: Path) -> None:
     assert report["samples"] == 24
     assert [note.partition(":")[0] for note in report["notes"]] == [
         "not compared with the float model",
-        "biases were not corrected",
+        "biases were corrected from BatchNormalization alone",
     ]
     assert all(note in " ".join(found.stderr.split()) for note in report["notes"])
     assert "Accuracy" not in found.stderr

@@ -114,7 +114,7 @@ def test_what_needs_data_is_left_out_and_named(every: Calibration) -> None:
     assert found.report.verification is None
     assert [note.partition(":")[0] for note in found.report.notes] == [
         "not compared with the float model",
-        "biases were not corrected",
+        "biases were corrected from BatchNormalization alone",
     ]
     assert json.loads(found.report.to_json())["notes"] == list(found.report.notes)
     assert found.report.kernels  # checked and loaded all the same

@@ -191,6 +191,18 @@ def test_bounds_come_from_the_activation_function() -> None:
     assert spec(planned(CHAIN.replace("Relu(a)", "Sigmoid(a)")), "::r").bound == (0.0, 1.0)
 
 
+def test_errors_below_zero_count_as_the_leaky_relus_that_read_them_pass_them_on() -> None:
+    alone = planned(f"{conv('a', 'x')} y = LeakyRelu <alpha = 0.1> (a)")
+    assert spec(alone, "::a").negative_weight == pytest.approx(0.01)
+    assert spec(alone, "::y").negative_weight == 1
+    two = planned(f"{conv('a', 'x')} r = LeakyRelu <alpha = 0.1> (a) s = LeakyRelu <alpha = 0.5> (a) y = Add(r, s)")
+    assert spec(two, "::a").negative_weight == 0.25
+    others = planned(f"{conv('a', 'x')} r = LeakyRelu <alpha = 0.1> (a) y = Add(r, a)")
+    assert spec(others, "::a").negative_weight == 1
+    output = planned(f"{conv('a', 'x')} y = LeakyRelu <alpha = 0.1> (a)", y=f"{IMAGE} a, {IMAGE} y")
+    assert spec(output, "::a").negative_weight == 1
+
+
 def test_a_clip_that_does_not_hold_zero_stays() -> None:
     state = planned(CHAIN.replace("Relu(a)", "Clip(a, half, six)"))
     assert "::a" in {str(key) for key in plan(state).entries}
