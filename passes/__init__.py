@@ -6,6 +6,7 @@ from qdqtool.passes.add_bias import AddBias
 from qdqtool.passes.choose_ranges import ChooseRanges
 from qdqtool.passes.convert_float16 import ConvertFloat16
 from qdqtool.passes.correct_bias import CorrectBias
+from qdqtool.passes.correct_bias_analytic import CorrectBiasAnalytic
 from qdqtool.passes.correct_weights import CorrectWeights
 from qdqtool.passes.equalize_layers import EqualizeLayers
 from qdqtool.passes.expand_swish import ExpandSwish
@@ -78,6 +79,7 @@ BUILTIN = (
     RoundWeights,
     CorrectWeights,
     CorrectBias,
+    CorrectBiasAnalytic,
     InsertQdq,
     Verify,
 )

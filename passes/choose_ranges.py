@@ -6,9 +6,9 @@ channel.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from dataclasses import dataclass, replace
-from typing import ClassVar, cast
+from typing import ClassVar, Literal, cast
 
 import numpy as np
 
@@ -21,9 +21,12 @@ from qdqtool.graphs import graph as graphs
 from qdqtool.graphs.graph import Array
 from qdqtool.graphs.linear import bias_place
 from qdqtool.passes_api import Fact, State
+from qdqtool.planning import channel_widths
 from qdqtool.planning.plan import Key, Use, params_of
 from qdqtool.planning.precision import width
+from qdqtool.recipe import Recipe
 from qdqtool.spec import FloatArray, QuantizedWeight, QuantParams, QuantSpec, Range
+from qdqtool.statistics.distribution import channels_of
 from qdqtool.statistics.tensor import TensorStatistics
 
 _TERNARY = 2  # bits of which a range that covers all values uses three codes at best
@@ -44,8 +47,7 @@ class ChooseRanges:
         """Set ``state.params``; returns the number of keys that got numbers."""
         assert state.plan is not None
         assert state.statistics is not None
-        choice = state.recipe.calibrator
-        calibrator: Calibrator = registry.make("calibrators", choice.name, choice.options)
+        calibrator, own = _calibrators(state.recipe)
         params: dict[Key, QuantParams | QuantizedWeight] = {}
         cache: dict[tuple[str, QuantSpec], tuple[QuantParams, Mapping[str, float]]] = {}
         for key, spec in state.plan.specs():
@@ -53,19 +55,67 @@ class ChooseRanges:
                 tensor = state.plan.tensors[key]
                 if (tensor, spec) not in cache:
                     stats = state.statistics[tensor] if spec.fixed is None else None
-                    cache[tensor, spec] = activation_params(calibrator, stats, spec)
+                    cache[tensor, spec] = activation_params(own.get(tensor, calibrator), stats, spec)
                 params[key], errors = cache[tensor, spec]
                 state.compared |= {key: errors} if errors else {}
+        _check_used(own, {tensor for tensor, spec in cache if spec.fixed is None})
         tensors = graphs.all_tensors(state.graph)
         for key, spec in state.plan.specs():
             if key in state.plan.constants:
                 values = cast(Array, graphs.constant(tensors[state.plan.tensors[key]]))
-                wanted = state.recipe.weight_calibrator
-                automatic = "mse" if width(spec) <= _TERNARY else "minmax"
-                params[key] = quantize_weight(values, spec, automatic if wanted == "auto" else wanted)
+                params[key] = _weight(values, spec, state.recipe)
         state.params = params
         _make_room_for_biases(state, params)
+        if state.recipe.bits_per_channel != "off":
+            self._tell_of_channels(state, params)
         return len(params)
+
+    def _tell_of_channels(self, state: State, params: Mapping[Key, QuantParams | QuantizedWeight]) -> None:
+        """Record what has the same bits in all channels against the recipe, and which kernels that leaves."""
+        assert state.plan is not None
+        kernels = dict(state.plan.kernels)
+        for key, spec in state.plan.specs():
+            what: Literal["weights", "activations"] = "weights" if key in state.plan.constants else "activations"
+            stored = params_of(params[key]).spec.format
+            if spec.allocation is None and width(spec) < channel_widths.GREATEST and state.recipe.allocates(what):
+                state.skip(self.name, _place(key), f"{what}: {_why_alike(spec)}, so every channel has the same bits")
+            if spec.allocation is not None and stored != spec.format and _place(key) in kernels:
+                del kernels[_place(key)]
+                kept = f"no channel needs more bits, so its weight is stored as {stored.name}"
+                state.skip(self.name, _place(key), f"{kept} (storage int8: the same codes in 8 bits)")
+        if any(spec.allocation is not None and key not in state.plan.constants for key, spec in state.plan.specs()):
+            state.notes.append(
+                "activations have bits of their own in every channel: Max and Min keep them there before "
+                "QuantizeLinear, an emulation in float that no kernel fuses"
+            )
+        state.plan = replace(state.plan, kernels=kernels)
+
+
+def _place(key: Key) -> str:
+    return key.node if isinstance(key, Use) else key.tensor
+
+
+def _why_alike(spec: QuantSpec) -> str:
+    if spec.fixed is not None:
+        return "the range is the user's"
+    return "there is one scale" if spec.granularity.axis is None else "the type is the user's"
+
+
+def _calibrators(recipe: Recipe) -> tuple[Calibrator, dict[str, Calibrator]]:
+    """The recipe's calibrator, and by tensor those that it overrides it with."""
+    own = {name: one.calibrator for name, one in recipe.tensors.items() if one.calibrator is not None}
+    made = {name: registry.make("calibrators", one.name, one.options) for name, one in own.items()}
+    return registry.make("calibrators", recipe.calibrator.name, recipe.calibrator.options), made
+
+
+def _check_used(own: Mapping[str, Calibrator], chosen: Set[str]) -> None:
+    """Refuse a calibrator for a tensor whose range no calibrator chooses."""
+    for name in own:
+        if name not in chosen:
+            raise RecipeError(
+                f"tensors override {name!r}: calibrator has no effect, because this tensor is a constant, has a range "
+                f"of its own, or was renamed when smoothing put a Mul behind it; leave it out"
+            )
 
 
 def _make_room_for_biases(state: State, params: dict[Key, QuantParams | QuantizedWeight]) -> None:
@@ -118,21 +168,42 @@ def activation_params(
     if spec.fixed is not None or stats is None:
         assert spec.fixed is not None
         return affine.params_from_range(_fixed(spec.fixed), spec, "set by the user"), {}
+    if spec.allocation is not None:
+        seen = channels_of(stats)
+        return channel_widths.activation(lambda one: _range(calibrator, stats, one), seen, spec, calibrator.name), {}
+    chosen = _range(calibrator, stats, spec)
+    method = f"{calibrator.name}: {chosen.winner}" if chosen.errors else calibrator.name
+    return affine.params_from_range(chosen, spec, method), chosen.errors
+
+
+def _range(calibrator: Calibrator, stats: TensorStatistics, spec: QuantSpec) -> Range:
+    """The calibrator's range with the spec's headroom, inside the spec's bound."""
     chosen = choose(calibrator, stats, spec)
     if spec.granularity.axis is not None and chosen.lo.ndim == 0:
         raise RecipeError(
             f"calibrator {calibrator.name!r} chooses one range for a whole tensor, not one for each channel; "
-            "name one that does: minmax, aciq_laplace, aciq_gauss or aciq"
+            "name one that does: minmax, mse, aciq_laplace, aciq_gauss or aciq"
         )
-    method = f"{calibrator.name}: {chosen.winner}" if chosen.errors else calibrator.name
-    kept = chosen if spec.headroom == 1.0 else Range(chosen.lo * spec.headroom, chosen.hi * spec.headroom)
+    kept = replace(chosen, lo=chosen.lo * spec.headroom, hi=chosen.hi * spec.headroom)
     if spec.bound is not None:
-        kept = Range(np.maximum(kept.lo, spec.bound[0]), np.minimum(kept.hi, spec.bound[1]))
-    return affine.params_from_range(kept, spec, method), chosen.errors
+        kept = replace(kept, lo=np.maximum(kept.lo, spec.bound[0]), hi=np.minimum(kept.hi, spec.bound[1]))
+    return kept
 
 
 def _fixed(ends: tuple[float, float]) -> Range:
     return Range(np.asarray(ends[0], np.float64), np.asarray(ends[1], np.float64))
+
+
+def _weight(values: Array, spec: QuantSpec, recipe: Recipe) -> QuantizedWeight:
+    """Codes of a constant by the recipe's calibrator of weights."""
+    wanted: str = recipe.weight_calibrator
+    if wanted == "auto":
+        wanted = "mse" if width(spec) <= _TERNARY and spec.allocation is None else "minmax"
+    if spec.allocation is None:
+        return quantize_weight(values, spec, wanted)
+    most = channel_widths.REDUCED if recipe.reduce_range else channel_widths.GREATEST
+    found = channel_widths.weight(values, spec, wanted, most)
+    return found if recipe.storage == "int8" else channel_widths.packed(found)
 
 
 def quantize_weight(values: Array, spec: QuantSpec, calibrator: str = "minmax") -> QuantizedWeight:

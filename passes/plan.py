@@ -65,7 +65,7 @@ class _Unit:
 class _Planner:
     def __init__(self, state: State) -> None:
         self.state, self.recipe = state, state.recipe
-        channels = self.recipe.activation_per_channel
+        channels = self.recipe.activations_by_channel
         self.target = low_bits.placed(state.target, self.recipe.bits, channels=channels)
         self.graph = state.graph
         self.outputs = graphs.leaving_ids(state.graph)
@@ -273,6 +273,8 @@ class _Planner:
         activation = use if use in self.entries.of else Output(source.name)
         if is_dequantized(source):
             return  # its scale is the model's own, and no parameter here: the runtime rounds the bias as it loads
+        if self.entries.bits(unit.node).wide:
+            return
         if self.entries.have_channel_scales(unit.node, 0):
             return  # its sums have no scale of their own: the bias stays float
         self.entries.add(unit.bias, DerivedFrom(activation, weight), bias)

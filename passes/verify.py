@@ -13,7 +13,7 @@ from qdqtool import runtime
 from qdqtool.errors import GateError, ModelError, RuntimeUnavailableError
 from qdqtool.graphs import model as models
 from qdqtool.passes_api import Fact, State
-from qdqtool.verification import partition, placement
+from qdqtool.verification import listing, partition, placement
 from qdqtool.verification.comparison import VERIFIED, Comparison, decibels, wide_sessions
 from qdqtool.verification.sqnr import Sqnr
 
@@ -28,7 +28,7 @@ class Verify:
     drops: ClassVar[frozenset[Fact]] = frozenset()
 
     def run(self, state: State) -> int:
-        """Set ``state.kernels``, ``placement``, ``partition`` and, with samples, ``verified``; returns their number.
+        """Set what the state holds of placement and, with samples, ``verified``; returns their number.
 
         Raises:
             ModelError: the model is invalid, does not load, or gives NaN or Inf where the float model does not.
@@ -76,12 +76,16 @@ class Verify:
         """Load the model, look where everything runs, and return the session."""
         optimized, fused = placement.load(proto, provider=state.provider, config=partition.RECORD)
         state.kernels = placement.operators(optimized)
-        if state.target.for_cpu and state.plan is not None:
-            on_cpu = optimized if state.provider == "cpu" else placement.load(proto)[0]
-            state.placement = placement.place(proto, on_cpu, state.plan, state.target)
         if state.provider != "cpu":
             with contextlib.suppress(RuntimeUnavailableError):  # an older runtime does not tell
                 state.partition = partition.read(fused, optimized, state.provider)
+        where: dict[str, Any] = {"provider": state.provider, "partition": state.partition}
+        if state.target.for_cpu and state.plan is not None:
+            if state.provider != "cpu":
+                optimized, where = placement.load(proto)[0], {}
+            state.placement = placement.place(proto, optimized, state.plan, state.target)
+        reasons = {skip.node: skip.reason for skip in state.skipped}
+        state.listing = listing.listing(proto, optimized, skipped=reasons, **where)
         biases = partition.returning_biases(proto) if partition.on_gpu(state.target) else []
         if biases:
             state.notes.append(partition.bias_note(len(biases)))

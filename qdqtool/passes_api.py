@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from qdqtool.recipe import Recipe
     from qdqtool.statistics.tensor import Statistics
     from qdqtool.verification.comparison import Comparison
+    from qdqtool.verification.listing import Placed
     from qdqtool.verification.partition import Partition
     from qdqtool.verification.placement import Placement
 
@@ -107,6 +108,8 @@ class State:
     """What became of the planned nodes, where the target's runtime is here to ask."""
     partition: Partition | None = None
     """Which provider runs which node, where it is not the CPU alone."""
+    listing: tuple[Placed, ...] = ()
+    """Where every node and every Q/DQ pair runs."""
     shapes_current: bool = False
     """Whether nothing has changed since shapes were inferred, so that inferring again would find nothing new."""
     skipped: list[Skip] = field(default_factory=list)

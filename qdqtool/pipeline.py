@@ -30,6 +30,7 @@ from qdqtool.passes import (
     ChooseRanges,
     ConvertFloat16,
     CorrectBias,
+    CorrectBiasAnalytic,
     CorrectWeights,
     EqualizeLayers,
     ExpandSwish,
@@ -146,9 +147,7 @@ def quantization(recipe: Recipe, *, given: str | None = None, data: bool = True)
         data: there are calibration data; without any, steps that need them are left out.
     """
     formats: list[Pass] = [RaiseOpset(recipe.min_opset), InferShapes()] if recipe.min_opset > BASE_OPSET else []
-    # Where weights alone are quantized, transformers are better off without the shifts that help others.
-    correct = CorrectBias(checked=recipe.weight_bits is not None)
-    refine: list[Pass] = [correct] if recipe.bias_correction and data and recipe.precision != "fp16" else []
+    refine: list[Pass] = _correction(recipe, data=data) if recipe.bias_correction else []
     observe: list[Pass] = [Observe() if given is None else UseStatistics(given)] if data or given is not None else []
     if recipe.weight_bits is not None:
         ranges: list[Pass] = [*([] if recipe.to_float16 else observe), ScaleWeights()]
@@ -162,11 +161,26 @@ def quantization(recipe: Recipe, *, given: str | None = None, data: bool = True)
     return [*planning(recipe, observe), *ranges, *formats, *refine, InsertQdq(), Verify()]
 
 
+def _correction(recipe: Recipe, *, data: bool) -> list[Pass]:
+    """The pass that corrects biases, where one can."""
+    if recipe.precision == "fp16":
+        return []
+    if recipe.bias_correction_method == "analytic" or (_analytic_alone(recipe) and not data):
+        return [CorrectBiasAnalytic()]
+    # Where weights alone are quantized, transformers are better off without the shifts that help others.
+    return [CorrectBias(checked=recipe.weight_bits is not None)] if data else []
+
+
+def _analytic_alone(recipe: Recipe) -> bool:
+    """Whether biases are corrected without data as far as can be."""
+    return recipe.weight_bits is None and recipe.bias_correction_method == "auto"
+
+
 def _rounding(recipe: Recipe, *, data: bool) -> list[Pass]:
     """Passes that choose the codes of weights once their scales are there."""
     method, few = recipe.rounding, recipe.weight_rounding == "auto"
     asked: list[Pass] = []
-    if method == "stochastic" or (method == "gptq" and data):
+    if method == "stochastic" or (method in ("gptq", "adaround") and data):
         asked = [RoundWeights(method, few, recipe.seed)]
     return [*asked, *([CorrectWeights()] if recipe.weight_correction and recipe.few_bits else [])]
 
@@ -414,10 +428,12 @@ def _left_out(recipe: Recipe) -> list[str]:
     """What cannot be done without data, in words."""
     need = "data beside the statistics" if recipe.needs_data else "data"
     found = [f"not compared with the float model: that needs {need}; it was checked and loaded"]
-    if recipe.bias_correction and recipe.precision != "fp16":
-        found.append(f"biases were not corrected: that needs {need}")
-    if recipe.rounding == "gptq":
-        found.append(f"weights were rounded to nearest: gptq needs {need}")
+    if recipe.bias_correction and recipe.precision != "fp16" and recipe.bias_correction_method != "analytic":
+        alone = _analytic_alone(recipe)
+        known = "corrected from BatchNormalization alone: more" if alone else "not corrected: that"
+        found.append(f"biases were {known} needs {need}")
+    if recipe.rounding in ("gptq", "adaround"):
+        found.append(f"weights were rounded to nearest: {recipe.rounding} needs {need}")
     return found
 
 

@@ -26,7 +26,7 @@ from qdqtool.errors import RecipeError, nearest
 from qdqtool.planning import combination, target_file
 from qdqtool.planning.precision import FEW_BITS, INTEGER_PRECISIONS, Precision, Storage, weight_spec
 from qdqtool.planning.target import TARGETS, Target, target
-from qdqtool.spec import FORMATS, Format
+from qdqtool.spec import FORMATS, Allocation, Format
 
 BASE_OPSET = 13
 """Opset that every model is raised to: the first with a scale for each channel."""
@@ -51,6 +51,10 @@ class Choice(BaseModel):
         return dict(self.model_extra or {})
 
 
+def _as_choice(value: object) -> object:
+    return {"name": value} if isinstance(value, str) else value
+
+
 class Override(BaseModel):
     """What one tensor or node gets instead of the target's own choice.
 
@@ -58,7 +62,9 @@ class Override(BaseModel):
     symmetric:   zero point 0.
     granularity: "per_tensor" or "per_channel" (weights).
     range:       [lo, hi], set instead of calibrated.
-    precision:   of a node: bits of its weight and inputs, as in "w8a8", instead of the recipe's own.
+    calibrator:  of a tensor: who chooses its range, by name or as a table with options, instead of the recipe's own.
+    precision:   of a node: bits of its weight and inputs, as in "w8a8", instead of the recipe's own; of single nodes
+                 also "w3a8", "w5a8", "w6a8" and "w16a16", which runs in float between 16-bit codes.
     """
 
     model_config = _STRICT
@@ -67,7 +73,8 @@ class Override(BaseModel):
     symmetric: bool | None = None
     granularity: Literal["per_tensor", "per_channel"] | None = None
     range: Interval | None = None
-    precision: Literal["w8a8", "w4a8", "w4a4", "w8a4", "w2a8"] | None = None
+    calibrator: Annotated[Choice | None, BeforeValidator(_as_choice)] = None
+    precision: Literal["w8a8", "w4a8", "w4a4", "w8a4", "w2a8", "w3a8", "w5a8", "w6a8", "w16a16"] | None = None
 
     @field_validator("dtype")
     @classmethod
@@ -83,10 +90,6 @@ class Override(BaseModel):
         if value is not None and not value[0] < value[1]:
             raise ValueError(f"the range must ascend, not {list(value)}")
         return value
-
-
-def _as_choice(value: object) -> object:
-    return {"name": value} if isinstance(value, str) else value
 
 
 def _as_target(value: object) -> str | Target:
@@ -112,7 +115,8 @@ class Recipe(BaseModel):
                           "w8a16", "w4a16" or "w2a16": weights alone in so many bits, activations as they are in the
                           model; "fp16": no integers, all in float16.
     storage:              codes of fewer than 8 bits beside quantized activations: "packed": in types of 4 bits, the
-                          smallest file; "int8": the same codes in 8 bits, which integer kernels take.
+                          smallest file; "int8": the same codes in 8 bits, which integer kernels take; "split": with
+                          bits_per_channel, channels apart by the type that holds their width, put together at run time.
     first_last_8bit:      the first and the last layer have 8 bits; default: so with w4a4.
     block_size:           weights alone: so many elements along the inputs share a scale, a power of two from 16 to 256;
                           default: 32 where the target takes blocks of that precision, else a scale for each channel.
@@ -123,10 +127,16 @@ class Recipe(BaseModel):
     weight_calibrator:    "minmax": weights cover all their values; "mse": each scale makes the least squared error;
                           "auto": mse for 2 bits, of which else most were 0, and minmax for more.
     weight_rounding:      "nearest"; "stochastic": up or down by chance, seeded; "gptq": so that the layer's outputs err
-                          least on calibration data; "auto": gptq up to 4 bits, else nearest.
+                          least on calibration data; "adaround": for the same by gradients, with PyTorch where it is
+                          installed; "auto": gptq up to 4 bits, else nearest.
     weight_correction:    scale each channel of a weight of up to 4 bits so that it keeps its norm.
     per_channel:          weights get a scale for each output channel.
     activation_per_channel: activations get a scale for each channel, and no integer kernel.
+    bits_per_channel:     of "weights", "activations" or "both": some channels have more bits than others, from 0 to 8,
+                          on average those of the precision; "off". Such activations have a scale for each channel and
+                          are emulated, no kernel takes them.
+    bit_allocation:       how: "mean_width": least error of all channels together; "published": levels in proportion to
+                          the channel's range to the power of 2/3, weights between their own least and greatest value.
     op_types_to_quantize: operators that may be quantized; default: all that the target runs in integers.
     nodes_to_quantize:    regular expressions on whole node names; only these are quantized.
     nodes_to_exclude:     regular expressions on whole node names; these stay float.
@@ -137,7 +147,9 @@ class Recipe(BaseModel):
     smoothing:            make the channels of activations alike: "free": by factors that LayerNormalization, MatMul and
                           Gemm around them take up; "inputs" (default): by a Mul behind model inputs, where that is
                           worth a bit; "all"; "off".
-    bias_correction:      shift biases so that every layer keeps its mean on calibration data.
+    bias_correction:      shift biases so that every layer keeps its mean.
+    bias_correction_method: "empirical": its mean on calibration data; "analytic": what rounded weights do to it, told
+                          from BatchNormalization without data; "auto": empirical, without data analytic.
     reduce_range:         7-bit weights, for x86 processors without VNNI, whose 16-bit sums of u8 x s8 saturate.
     seed:                 of everything that is random.
     min_sqnr:             dB; a model below it on calibration samples is not written.
@@ -157,10 +169,12 @@ class Recipe(BaseModel):
     keep_io_types: bool = True
     calibrator: Annotated[Choice, BeforeValidator(_as_choice)] = Choice(name="mse")
     weight_calibrator: Literal["auto", "minmax", "mse"] = "auto"
-    weight_rounding: Literal["auto", "nearest", "stochastic", "gptq"] = "auto"
+    weight_rounding: Literal["auto", "nearest", "stochastic", "gptq", "adaround"] = "auto"
     weight_correction: bool = False
     per_channel: bool = True
     activation_per_channel: bool = False
+    bits_per_channel: Literal["off", "weights", "activations", "both"] = "off"
+    bit_allocation: Allocation = "mean_width"
     op_types_to_quantize: Names | None = None
     nodes_to_quantize: Names | None = None
     nodes_to_exclude: Names = ()
@@ -170,6 +184,7 @@ class Recipe(BaseModel):
     equalization: bool | None = None
     smoothing: Literal["off", "free", "inputs", "all"] = "inputs"
     bias_correction: bool = True
+    bias_correction_method: Literal["auto", "empirical", "analytic"] = "auto"
     reduce_range: bool = False
     seed: int = 0
     min_sqnr: float | None = None
@@ -231,11 +246,21 @@ class Recipe(BaseModel):
         return self.needs_data and any([self.bits.few, *named, *typed])
 
     @property
-    def rounding(self) -> Literal["nearest", "stochastic", "gptq"]:
-        """How weights are rounded: "nearest", "stochastic" or "gptq"; with "auto", weights of few bits alone."""
+    def rounding(self) -> Literal["nearest", "stochastic", "gptq", "adaround"]:
+        """How weights are rounded; with "auto", those of few bits alone."""
         if self.weight_rounding != "auto":
             return self.weight_rounding
         return "gptq" if self.few_bits else "nearest"
+
+    def allocates(self, what: Literal["weights", "activations"]) -> bool:
+        """Whether channels of weights, or of activations, have bits of their own."""
+        return self.bits_per_channel in (what, "both")
+
+    @property
+    def activations_by_channel(self) -> bool:
+        """Whether activations have a scale for each channel: as asked for, or because bits are shared out by them."""
+        few = self.bits.activations < Precision.activations
+        return self.activation_per_channel or (few and self.allocates("activations"))
 
     @property
     def ends_in_8_bits(self) -> bool:

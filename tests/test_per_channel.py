@@ -42,7 +42,7 @@ def quantized(**recipe: Any) -> qdqtool.Result:
     return qdqtool.quantize(model(), {"x": X}, **{"target": "cpu", "calibrator": "minmax", **recipe})
 
 
-@pytest.mark.parametrize("calibrator", ["minmax", "aciq", "aciq_laplace", "aciq_gauss"])
+@pytest.mark.parametrize("calibrator", ["minmax", "mse", "aciq", "aciq_laplace", "aciq_gauss"])
 @pytest.mark.parametrize("target", ["cpu", "tensorrt"])
 def test_a_scale_for_each_channel_keeps_small_channels(calibrator: str, target: str) -> None:
     one = quantized(target=target, per_channel=False)
@@ -62,8 +62,8 @@ def test_its_layers_are_not_counted_among_integer_kernels() -> None:
 
 
 def test_a_calibrator_that_cannot_says_who_can() -> None:
-    with pytest.raises(RecipeError, match=r"'mse' chooses one range for a whole tensor.*minmax, aciq_laplace"):
-        quantized(calibrator="mse", tensors={"r": {"granularity": "per_channel"}})
+    with pytest.raises(RecipeError, match=r"'entropy' chooses one range for a whole tensor.*minmax, mse, aciq_laplace"):
+        quantized(calibrator="entropy", tensors={"r": {"granularity": "per_channel"}})
 
 
 def observed(values: np.ndarray) -> TensorStatistics:

@@ -22,43 +22,49 @@ _TINY = float(np.finfo(np.float32).tiny)
 _FEW_STEPS = 4095  # up to here summing by code is cheaper than by bin
 
 
-def params_from_range(chosen: Range, spec: QuantSpec, method: str = "") -> QuantParams:
-    """Turn a range into scale and zero point for ``spec``.
+def params_from_range(
+    chosen: Range, spec: QuantSpec, method: str = "", channel_bits: IntArray | None = None
+) -> QuantParams:
+    """Turn a range into scale and zero point for ``spec``, whose channels may have ``channel_bits`` (channels,) each.
 
-    A range of no width (a tensor that is always 0) gets scale 1, so that zero stays zero. The scale never falls below
-    the least normal float32: a smaller one would be flushed to 0 by some kernels.
+    A range of no width (a tensor that is always 0) gets scale 1, so that zero stays zero; so does a channel of 0 bits,
+    all of which becomes zero. The scale never falls below the least normal float32: a smaller one would be flushed to 0
+    by some kernels.
     """
+    qmin, qmax = spec.limits(channel_bits)
     lo, hi = np.minimum(chosen.lo, 0.0), np.maximum(chosen.hi, 0.0)
     if spec.symmetric and spec.format.signed:
         amax = np.maximum(-lo, hi)
-        scale = _float32_scale(amax / spec.qmax, amax)
-        return QuantParams(spec, scale, np.zeros(scale.shape, np.int64), method)
+        scale = _float32_scale(amax / np.maximum(qmax, 1), np.where(qmax > qmin, amax, 0))
+        return QuantParams(spec, scale, np.zeros(scale.shape, np.int64), method, channel_bits)
     if spec.symmetric:  # unsigned codes of a symmetric spec: [0, hi], the zero point is the least code
         lo = np.where(lo < 0, -np.maximum(-lo, hi), lo)
         hi = np.where(lo < 0, -lo, hi)
-    scale = _float32_scale((hi - lo) / spec.steps, hi - lo)
-    zero = np.clip(np.rint(spec.qmin - lo / scale.astype(np.float64)), spec.qmin, spec.qmax)
+    steps = qmax - qmin
+    scale = _float32_scale((hi - lo) / np.maximum(steps, 1), np.where(steps > 0, hi - lo, 0))
+    zero = np.clip(np.rint(qmin - lo / scale.astype(np.float64)), qmin, qmax)
     if (
         spec.symmetric
     ):  # the middle lies between two codes: always take the upper one, whichever way the scale was rounded
-        zero = np.where(lo < 0, (spec.qmin + spec.qmax + 1) // 2, zero)
+        zero = np.where(lo < 0, (qmin + qmax + 1) // 2, zero)
     if spec.bound is not None:
-        scale = _scale_inside(scale, zero, spec)
-    return QuantParams(spec, scale, zero.astype(np.int64), method)
+        scale = _scale_inside(scale, zero, (qmin, qmax), spec.bound)
+    return QuantParams(spec, scale, zero.astype(np.int64), method, channel_bits)
 
 
 def _float32_scale(scale: FloatArray, width: FloatArray) -> npt.NDArray[np.float32]:
     return np.where(width > 0, np.maximum(scale, _TINY), 1.0).astype(np.float32)
 
 
-def _scale_inside(scale: npt.NDArray[np.float32], zero: FloatArray, spec: QuantSpec) -> npt.NDArray[np.float32]:
+def _scale_inside(
+    scale: npt.NDArray[np.float32], zero: FloatArray, codes: tuple[IntArray, IntArray], bound: tuple[float, float]
+) -> npt.NDArray[np.float32]:
     """Step the float32 scale down by one unit where its rounding up pushes the end codes over the bound.
 
     A runtime drops a Clip(0, 6) before QuantizeLinear only where the codes end inside [0, 6].
     """
-    assert spec.bound is not None
-    lo, hi = spec.bound
-    top, bottom = scale * np.float32(spec.qmax) - scale * zero, scale * np.float32(spec.qmin) - scale * zero
+    lo, hi = bound
+    bottom, top = (scale * end.astype(np.float32) - scale * zero for end in codes)
     outside = ((top > hi) & (top < hi * (1 + 1e-6))) | ((bottom < lo) & (bottom > lo * (1 + 1e-6)))
     return np.where(outside, np.nextafter(scale, np.float32(0)), scale).astype(np.float32)
 
@@ -80,6 +86,15 @@ def expanded(params: QuantParams, shape: tuple[int, ...]) -> tuple[npt.NDArray[n
     return _expand(params.scale, params, shape), _expand(params.zero_point, params, shape)
 
 
+def limits(params: QuantParams, shape: tuple[int, ...]) -> tuple[IntArray, IntArray]:
+    """Least and greatest code in shapes that broadcast against a tensor of ``shape``."""
+    ends = (params.qmin, params.qmax)
+    if params.channel_bits is None:
+        return ends
+    least, greatest = (cast(IntArray, _expand(end, params, shape)) for end in ends)
+    return least, greatest
+
+
 def quantize(x: npt.NDArray[np.floating], params: QuantParams) -> npt.NDArray[np.integer]:
     """Codes of ``x`` in the container type of the format (int8 for 2 and 4 bits), same shape."""
     spec = params.spec
@@ -87,7 +102,7 @@ def quantize(x: npt.NDArray[np.floating], params: QuantParams) -> npt.NDArray[np
     codes = np.asarray(np.divide(x, scale, dtype=np.float32))
     np.rint(codes, out=codes)
     codes += _expand(params.zero_point, params, x.shape)
-    np.clip(codes, spec.qmin, spec.qmax, out=codes)
+    np.clip(codes, *limits(params, x.shape), out=codes)
     stored: npt.NDArray[np.integer] = codes.astype(container(spec))
     return stored
 
@@ -138,7 +153,7 @@ def expected_error(bins: Bins, lo: npt.ArrayLike, hi: npt.ArrayLike, spec: Quant
     lows, highs = np.atleast_1d(np.asarray(lo, np.float64)), np.atleast_1d(np.asarray(hi, np.float64))
     params = params_from_range(Range(lows, highs), dataclasses.replace(spec, bound=None))
     scale, least = params.scale.astype(np.float64)[:, None], spec.qmin - params.zero_point[:, None]
-    summed = _error_by_code if spec.steps <= _FEW_STEPS else _error_by_bin
+    summed = _error_by_code if spec.steps <= _FEW_STEPS else error_by_bin
     return np.maximum(summed(bins, scale, least, spec.steps), 0) / max(bins.total, 1)
 
 
@@ -153,11 +168,17 @@ def _error_by_code(bins: Bins, scale: FloatArray, least: IntArray, steps: int) -
     return total
 
 
-def _error_by_bin(bins: Bins, scale: FloatArray, least: IntArray, steps: int) -> FloatArray:
-    """Sum over bins, for formats with more codes than the histogram has bins.
+def error_by_bin(bins: Bins, scale: FloatArray, least: IntArray, steps: int) -> FloatArray:
+    """Squared error summed over bins, for formats with more codes than the histogram has bins; float64 (m,).
 
     In units of the step, a bin of width w <= 1 whose centre lies d from its code errs by d² + w²/12, less
     max(d + w/2 - 1/2, 0)²/w for the part of it that rounds to the next code; a wider one errs by 1/12.
+
+    Args:
+        bins: the histogram, or one with counts (m, n) of a channel for each row.
+        scale: step of each candidate (m, 1).
+        least: its least code without the zero point (m, 1).
+        steps: its number of steps.
     """
     position = bins.center / scale
     codes = np.clip(np.rint(position), least, least + steps)

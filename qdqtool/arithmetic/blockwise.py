@@ -105,25 +105,29 @@ def quantize(values: Array, params: QuantParams) -> npt.NDArray[np.integer]:
         shape: list[int] = [1] * values.ndim
         if granularity.axis is not None:
             shape[granularity.axis] = -1
-        _round_to_codes(values, scale.reshape(shape), None if zero is None else zero.reshape(shape), spec, codes)
+        zero = None if zero is None else zero.reshape(shape)
+        _round_to_codes(values, scale.reshape(shape), zero, affine.limits(params, values.shape), codes)
         return codes
     axis, block = cast(int, granularity.axis) % values.ndim, cast(int, granularity.block_size)
     for (part, place), (out, _) in zip(_blocks(values, axis, block), _blocks(codes, axis, block), strict=True):
         along = np.expand_dims(scale[place], axis + 1)
-        _round_to_codes(part, along, None if zero is None else np.expand_dims(zero[place], axis + 1), spec, out)
+        cut = None if zero is None else np.expand_dims(zero[place], axis + 1)
+        _round_to_codes(part, along, cut, affine.limits(params, values.shape), out)
     return codes
 
 
-def _round_to_codes(values: Array, scale: Array, zero: Array | None, spec: QuantSpec, out: Array) -> None:
-    """Write clip(round(values / scale) + zero) to ``out``; scale and zero broadcast against the values."""
+def _round_to_codes(values: Array, scale: Array, zero: Array | None, limits: tuple[Array, Array], out: Array) -> None:
+    """Write clip(round(values / scale) + zero) to ``out``; scale, zero and limits broadcast against the values."""
+    least, greatest = (end.astype(np.float32) for end in limits)
     for piece in _pieces(values):
         along = piece if scale.ndim and scale.shape[0] > 1 else ...
         found = np.asarray(np.divide(values[piece], scale[along], dtype=np.float32))
         np.rint(found, out=found)
         if zero is not None:
             found += zero[along]
-        np.maximum(found, np.float32(spec.qmin), out=found)
-        np.minimum(found, np.float32(spec.qmax), out=found)
+        ends = piece if least.ndim and least.shape[0] > 1 else ...
+        np.maximum(found, least[ends], out=found)
+        np.minimum(found, greatest[ends], out=found)
         np.copyto(out[piece], found, casting="unsafe")
 
 

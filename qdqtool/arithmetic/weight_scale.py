@@ -33,7 +33,7 @@ def least_squares(values: Array, params: QuantParams) -> QuantParams:
         return params
     rows = _groups(values, params)
     start = params.scale.astype(np.float64).reshape(-1)
-    ends = [(params.spec.qmin - zero, params.spec.qmax - zero) for zero in params.zero_point.reshape(-1).tolist()]
+    ends = zip(*((end - params.zero_point).reshape(-1).tolist() for end in (params.qmin, params.qmax)), strict=True)
     found = np.array([_best(row, scale, *limits) for row, scale, limits in zip(rows, start, ends, strict=True)])
     return replace(params, scale=found.reshape(params.scale.shape).astype(np.float32), method="mse")
 

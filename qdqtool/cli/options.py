@@ -6,6 +6,7 @@ import re
 import tomllib
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 import click
@@ -133,6 +134,12 @@ _names = partial(option, section="Nodes and tensors")
 PROVIDER: Final = option(
     "--provider", type=click.Choice(PROVIDERS), default="auto", help="Where models run meanwhile. [default: auto]"
 )
+REPORT: Final = option(
+    "--report",
+    type=click.Path(path_type=Path),
+    metavar="DIR",
+    help="Write the result there as report.json and report.html.",
+)
 RUN_OPTIONS: Final = options(
     PROVIDER,
     option("--json", "as_json", is_flag=True, help="Print JSON alone on stdout, all else on stderr."),
@@ -160,6 +167,12 @@ def observing(given: dict[str, Any]) -> dict[str, Any]:
     return {"memory": given["memory"], "engine": engine, "cache": given["cache"]}
 
 
+def wrote(files: Sequence[Path], *, quiet: bool) -> None:
+    """Say on standard error which files a report became."""
+    if not quiet:
+        click.secho(f"Wrote {', '.join(map(str, files))}", fg="green", bold=True, err=True)
+
+
 def say(note: str) -> None:
     """A line on standard error, where the result may be on the other stream."""
     click.secho(f"note: {note}", fg="yellow", err=True)
@@ -174,7 +187,7 @@ RECIPE_OPTIONS: Final = options(
     _choice("--recipe", "recipe_file", metavar="FILE", help="TOML, YAML or JSON; options given here override it."),
     _choice("--target", metavar="NAME", help="What it is for: cpu, cuda, tensorrt or a .toml file. [default: cuda]"),
     _choice("--precision", metavar="NAME", help="As w4a8, w4a16 (weights alone) or fp16. [default: w8a8]"),
-    _choice("--storage", metavar="NAME", help="Codes of few bits: packed (small), int8 (kernels). [default: packed]"),
+    _choice("--storage", metavar="NAME", help="Few bits: packed (small), int8 (kernels), split. [default: packed]"),
     _choice("--first-last-8bit/--no-first-last-8bit", default=None, help="First and last layer. [default: with w4a4]"),
     _choice("--block-size", type=int, metavar="N", help="Weights alone: elements that share a scale. [default: 32]"),
     _choice(
@@ -190,15 +203,18 @@ RECIPE_OPTIONS: Final = options(
     _choice("--calibrator", metavar="NAME", help="Who chooses the ranges of activations. [default: mse]"),
     _choice("--set", "settings", type=Assignment(), multiple=True, help="An option of the calibrator (repeatable)."),
     _choice("--weight-calibrator", metavar="NAME", help="Scales of weights: minmax or mse. [default: auto]"),
-    _choice("--weight-rounding", metavar="NAME", help="nearest, stochastic or gptq. [default: auto]"),
+    _choice("--weight-rounding", metavar="NAME", help="nearest, stochastic, gptq or adaround. [default: auto]"),
     _choice("--weight-correction/--no-weight-correction", default=None, help="Weights of few bits keep their norm."),
     _choice("--per-channel/--per-tensor", default=None, help="Weights get a scale a channel (default), or one."),
+    _choice("--bits-per-channel", metavar="NAME", help="Unequal: weights, activations or both. [default: off]"),
+    _choice("--bit-allocation", metavar="NAME", help="How: mean_width or published. [default: mean_width]"),
     _choice("--activation-per-channel/--activation-per-tensor", default=None, help="Activations: no kernels then."),
     _choice(
         "--equalization/--no-equalization", default=None, help="Balance layers in a row. [default: with --per-tensor]"
     ),
     _choice("--smoothing", metavar="NAME", help="Balance activations: off, free, inputs, all. [default: inputs]"),
     _choice("--bias-correction/--no-bias-correction", default=None, help="Keep every layer's mean. [default: on]"),
+    _choice("--bias-correction-method", metavar="NAME", help="empirical, or analytic (no data). [default: auto]"),
     _choice("--reduce-range/--no-reduce-range", default=None, help="7-bit weights, for x86 without VNNI."),
     _choice("--samples", type=click.IntRange(min=1), metavar="N", help="Calibrate on N samples. [default: all]"),
     _choice("--seed", type=int, metavar="N", help="Of everything that is random. [default: 0]"),
@@ -223,7 +239,7 @@ RECIPE_OPTIONS: Final = options(
         "tensors",
         multiple=True,
         type=NamedOverride("NAME"),
-        help="Fields: dtype, symmetric, granularity, range.",
+        help="Fields: dtype, symmetric, granularity, range, calibrator.",
     ),
     _names(
         "--node", "nodes", multiple=True, type=NamedOverride("REGEX"), help="The same for the inputs of matching nodes."

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Final
 
+from qdqtool.planning.precision import Precision
 from qdqtool.planning.target import known_target
 from qdqtool.spec import FORMATS
 
@@ -28,6 +29,8 @@ _FOR_ACTIVATIONS: Final[Mapping[str, str]] = MappingProxyType(
         "weight_rounding": "weights are rounded to the nearest code",
         "weight_correction": "a block's scale covers all its values",
         "activation_per_channel": "activations stay float",
+        "bits_per_channel": "every channel has the same bits",
+        "bit_allocation": "every channel has the same bits",
     }
 )
 _FOR_INTEGERS: Final = (
@@ -42,6 +45,9 @@ def obstacle(recipe: Recipe) -> str | None:
     misplaced = next((name for name, override in recipe.tensors.items() if override.precision is not None), None)
     if misplaced is not None:
         return f"override of tensor {misplaced!r}: precision is of a node; give the tensor a dtype"
+    reason = _calibrator_obstacle(recipe)
+    if reason is not None:
+        return reason
     if not recipe.keep_io_types and not recipe.to_float16:
         return "keep_io_types = false is about models in float16; give precision fp16, or float16 with weights alone"
     if recipe.precision == "fp16":
@@ -51,7 +57,7 @@ def obstacle(recipe: Recipe) -> str | None:
         extra = sorted(changed & {"block_size", "weight_symmetric", "float16"})
         if extra:
             return f"{extra[0]} goes with the precisions {_WEIGHTS_ALONE}, not with {recipe.precision}"
-        return _activation_obstacle(recipe)
+        return _activation_obstacle(recipe) or _allocation_obstacle(recipe)
     named = next((where for where, override in recipe.nodes.items() if override.precision is not None), None)
     if named is not None:
         return f"override of {named!r}: precision has no use with {recipe.precision}; give the node a dtype"
@@ -61,12 +67,50 @@ def obstacle(recipe: Recipe) -> str | None:
     return _block_obstacle(recipe) or _format_obstacle(recipe)
 
 
+def _calibrator_obstacle(recipe: Recipe) -> str | None:
+    """Overrides whose calibrator would choose nothing."""
+    for where, override in recipe.nodes.items():
+        if override.calibrator is not None:
+            return f"override of {where!r}: a calibrator is of a tensor; name the tensors that the node reads"
+    for where, override in recipe.tensors.items():
+        if override.calibrator is None:
+            continue
+        if override.range is not None:
+            return f"override of tensor {where!r}: it has a range, so no calibrator chooses one; leave one of them out"
+        if not recipe.needs_data:
+            return (
+                f"override of tensor {where!r}: no range of an activation is chosen with precision {recipe.precision}"
+            )
+    return None
+
+
 def _activation_obstacle(recipe: Recipe) -> str | None:
     """What keeps the target from activations in so few bits."""
     target = known_target(recipe.target)
     if target is None or recipe.bits.activations >= _LEAST_BITS or "TensorrtExecutionProvider" not in target.providers:
         return None
     return f"TensorRT takes symmetric activations of 8 bits alone, so {recipe.precision} is for target cpu or cuda"
+
+
+def _allocation_obstacle(recipe: Recipe) -> str | None:
+    """What leaves no bits to share out among channels, or no way to."""
+    wanted = recipe.bits_per_channel
+    if wanted == "off":
+        if recipe.storage == "split":
+            return 'storage "split" is for channels of unequal bits: give bits_per_channel, or storage "packed"'
+        if recipe.bit_allocation != "mean_width":
+            return "bit_allocation says how bits_per_channel shares bits out: give bits_per_channel too"
+        return None
+    few = [Precision.of(o.precision) for o in recipe.nodes.values() if o.precision is not None] + [recipe.bits]
+    widths = {"weights": min(one.weights for one in few), "activations": min(one.activations for one in few)}
+    named = [what for what in widths if wanted in (what, "both")]
+    if all(widths[what] >= _LEAST_BITS for what in named):
+        return f"bits_per_channel: {' and '.join(named)} have 8 bits with {recipe.precision}, as many as a channel may"
+    if "weights" in named and not recipe.per_channel:
+        return "bits_per_channel: weights have one scale without per_channel; leave one of them out"
+    if recipe.storage == "split" and "weights" not in named:
+        return 'storage "split" is for weights of unequal bits: give bits_per_channel "weights" or "both"'
+    return None
 
 
 def _block_obstacle(recipe: Recipe) -> str | None:

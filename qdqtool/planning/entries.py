@@ -37,6 +37,7 @@ class Entries:
         self._ends = low_bits.ends(state.graph) if state.recipe.ends_in_8_bits else frozenset()
         self._paths = {node.name: path for path, inner in graphs.all_graphs(state.graph) for node in inner.nodes}
         self._fed = {id(tensor) for tensor in state.graph.inputs}
+        self._leaving = graphs.leaving_ids(state.graph)
         self.of: dict[Key, Entry] = {}
         self.tensors: dict[Key, str] = {}
         self.constants: set[Key] = set()
@@ -61,10 +62,12 @@ class Entries:
         self, tensor: gs.Tensor, bound: tuple[float, float] | None, bits: int = Precision.activations
     ) -> QuantSpec:
         """The spec of an activation whose values an activation function keeps inside ``bound``."""
-        spec = replace(low_bits.activation_spec(self._target, bits), bound=bound)
-        channels = self._recipe.activation_per_channel and not graphs.is_constant(tensor)
+        weight = 1.0 if id(tensor) in self._leaving else negative_weight(tensor)
+        spec = replace(low_bits.activation_spec(self._target, bits), bound=bound, negative_weight=weight)
+        channels = self._recipe.activations_by_channel and not graphs.is_constant(tensor)
         if (channels or self._selection.per_channel(tensor)) and not self._in_body(tensor):
             spec = replace(spec, granularity=per_channel(channel_axis(tensor)))
+            spec = low_bits.shared_out(spec, self._recipe)
         return self._selection.on_tensor(tensor, spec)
 
     def _in_body(self, tensor: gs.Tensor) -> bool:
@@ -77,10 +80,12 @@ class Entries:
         wanted = self._selection.granularity(node, tensor)
         per_tensor = wanted == "per_tensor" or (wanted is None and not self._recipe.per_channel)
         axis = None if per_tensor else channel_axis_of_weight(node)
-        spec = weight_spec(self._recipe.weight_format, self.bits(node).weights, self._recipe.storage)
+        bits = self.bits(node).weights
+        spec = weight_spec(self._recipe.weight_format, bits, self._recipe.storage)
         if self._recipe.reduce_range and width(spec) == spec.format.bits == 8:
             spec = replace(spec, bits=7)
         spec = replace(spec, granularity=PER_TENSOR if axis is None else per_channel(axis))
+        spec = low_bits.shared_out_weight(spec, self._recipe, bits)
         return self._selection.on_tensor(tensor, spec)
 
     def without_kernel(self, node: gs.Node, rule: OpRule, activations: tuple[int, ...]) -> str | None:
@@ -92,6 +97,8 @@ class Entries:
         weight = self.of.get(Use(node.name, 1)) if rule.weight else None
         if isinstance(weight, QuantSpec) and weight.format.bits <= FEW_BITS:
             return f"its weight is stored as {weight.format.name} (storage int8: the same codes in 8 bits)"
+        if isinstance(weight, QuantSpec) and weight.split:
+            return "its weight is put together of groups of channels at every run (storage int8: codes in 8 bits)"
         return None
 
     def have_channel_scales(self, node: gs.Node, index: int) -> bool:
@@ -138,3 +145,9 @@ def activation_bound(node: gs.Node) -> tuple[float, float] | None:
             return None
         limits.append(float(value.item()) if value is not None else float(node.attrs.get(name, default)))
     return (limits[0], limits[1]) if limits[0] <= 0 < limits[1] else None
+
+
+def negative_weight(tensor: gs.Tensor) -> float:
+    """What squared errors below 0 count for those who read the tensor, beside those above: alpha² of a LeakyRelu."""
+    slopes = [float(node.attrs.get("alpha", 0.01)) if node.op == "LeakyRelu" else 1.0 for node in tensor.outputs]
+    return max((slope**2 for slope in slopes), default=1.0)

@@ -6,6 +6,7 @@ float graph, so that the codes of a derived bias always come from the bias and t
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, cast
 
 import numpy as np
@@ -17,8 +18,9 @@ from qdqtool.arithmetic import blockwise
 from qdqtool.errors import PipelineError
 from qdqtool.graphs import graph as graphs
 from qdqtool.graphs.lazy import peek
+from qdqtool.planning import channel_widths, kept_float
 from qdqtool.planning.plan import DerivedFrom, Key, Output, Parameters, Plan, Use, params_of
-from qdqtool.spec import FORMATS, Format, QuantizedWeight, QuantParams, QuantSpec, Scheme, per_channel
+from qdqtool.spec import FORMATS, Format, IntArray, QuantizedWeight, QuantParams, QuantSpec, Scheme, per_channel
 
 _INT32_LIMIT = 2**31 - 1
 
@@ -87,7 +89,7 @@ class _Inserter:
         elif isinstance(value, QuantizedWeight) or key in self.plan.constants:
             node.inputs[key.index] = self._stored(tensor, value, home, own=key.node in self.plan.weight_only)
         else:
-            node.inputs[key.index] = self._pair(tensor, value, home, home)
+            node.inputs[key.index] = self._read(tensor, value, node, home)
 
     def _insert_output(self, key: Output) -> None:
         """Give every reader, graph outputs included, the quantized tensor; the name of a graph output stays.
@@ -104,11 +106,32 @@ class _Inserter:
         ]
         params = params_of(self._value(key))
         for node, index in readers:
-            node.inputs[index] = self._pair(tensor, params, home, self.homes[node.name])
+            node.inputs[index] = self._read(tensor, params, node, home, index)
         for index in [i for i, out in enumerate(home.outputs) if out is tensor]:
             name, result = tensor.name, self._pair(tensor, params, home, home)
             tensor.name, result.name = graphs.fresh_name(f"{name}_float", self.taken), name
             home.outputs[index] = result
+
+    def _read(
+        self, tensor: gs.Tensor, params: QuantParams, node: gs.Node, source: gs.Graph, index: int | None = None
+    ) -> gs.Tensor:
+        """What a node reads of an activation quantized in ``source``, so that what is planned in float runs in float.
+
+        See :mod:`qdqtool.planning.kept_float`. ``index``: of the input, where its producer quantizes it.
+        """
+        home = self.homes[node.name]
+        if index == 0 and Use(node.name, 1) not in self.plan.entries:
+            spread = kept_float.spread(params, node)
+            if spread is not None:
+                codes = self._quantized(tensor, params, source)[0]
+                return self._dequantized(tensor, [codes, *self._scale(tensor.name, spread, tensor.dtype)], spread, home)
+        pair = self._pair(tensor, params, source, home)
+        if node.op != "MatMul" or params.spec.granularity.axis is None:
+            return pair
+        least = gs.Constant(self._name(f"{tensor.name}_least"), kept_float.least(params, tensor))
+        result = gs.Variable(self._name(f"{tensor.name}_apart"), dtype=tensor.dtype, shape=tensor.shape)
+        self._add(gs.Node("Max", tensor.name, {}, [pair, least], [result]), home)
+        return result
 
     def _pair(self, tensor: gs.Tensor, params: QuantParams, source: gs.Graph, reader: gs.Graph) -> gs.Tensor:
         """The dequantized copy of an activation; uses of one tensor with equal parameters share what they can.
@@ -123,21 +146,29 @@ class _Inserter:
         for existing, result in known:
             if existing.same_codes(params):
                 return result
-        axis = params.spec.granularity.axis
-        attrs = {} if axis is None else {"axis": axis}
-        made = self.quantized.setdefault((tensor.name, id(source)), [])
+        inputs = self._quantized(tensor, params, source)
+        known.append((params, self._dequantized(tensor, inputs, params, reader)))
+        return known[-1][1]
+
+    def _quantized(self, tensor: gs.Tensor, params: QuantParams, home: gs.Graph) -> list[gs.Tensor]:
+        """Codes, scale and zero point of an activation, quantized once for all that want the same codes."""
+        made = self.quantized.setdefault((tensor.name, id(home)), [])
         inputs = next((i for existing, i in made if existing.same_codes(params)), None)
         if inputs is None:
             codes = gs.Variable(
                 self._name(f"{tensor.name}_quantized"), dtype=_onnx_type(params.spec.format), shape=tensor.shape
             )
             inputs = [codes, *self._scale(tensor.name, params, tensor.dtype)]
-            kept = tensor if params.spec.bits is None else self._clipped(tensor, params, source)
-            self._add(gs.Node("QuantizeLinear", tensor.name, {**attrs}, [kept, *inputs[1:]], [codes]), source)
+            kept = tensor if params.spec.bits is None else self._clipped(tensor, params, home)
+            self._add(gs.Node("QuantizeLinear", tensor.name, _along(params), [kept, *inputs[1:]], [codes]), home)
             made.append((params, inputs))
+        return inputs
+
+    def _dequantized(
+        self, tensor: gs.Tensor, inputs: list[gs.Tensor], params: QuantParams, home: gs.Graph
+    ) -> gs.Variable:
         result = gs.Variable(self._name(f"{tensor.name}_dequantized"), dtype=tensor.dtype, shape=tensor.shape)
-        self._add(gs.Node("DequantizeLinear", tensor.name, {**attrs}, inputs, [result]), reader)
-        known.append((params, result))
+        self._add(gs.Node("DequantizeLinear", tensor.name, _along(params), inputs, [result]), home)
         return result
 
     def _clipped(self, tensor: gs.Tensor, params: QuantParams, home: gs.Graph) -> gs.Tensor:
@@ -176,12 +207,13 @@ class _Inserter:
                 return result
         made = self.quantized.setdefault((tensor.name, 0), [])
         inputs = next((i for existing, i in made if not own and _same(existing, params)), None)
+        weight = value if isinstance(value, QuantizedWeight) else None
+        if weight is not None and params.spec.split and len(groups := channel_widths.groups(weight)) > 1:
+            known.append((params, self._joined(tensor, groups, home)))
+            return known[-1][1]
         if inputs is None:
-            codes = value.codes if isinstance(value, QuantizedWeight) else blockwise.quantize(peek(tensor), params)
-            stored = self._codes(self._name(f"{tensor.name}_quantized"), codes, params.spec.format)
-            scale, zero = self._scale(tensor.name, params, tensor.dtype)
-            needed = params.zero_point.any() or not (own and params.spec.format.signed)
-            inputs = [stored, scale, zero] if needed else [stored, scale]
+            codes = blockwise.quantize(peek(tensor), params) if weight is None else weight.codes
+            inputs = self._constants(tensor, QuantizedWeight(codes, params), own=own)
             made.append((params, inputs))
         # A copy of the shape, which else is a part of the float model's message and keeps all of it.
         shape = None if tensor.shape is None else list(tensor.shape)
@@ -194,6 +226,35 @@ class _Inserter:
             attrs["block_size"] = cast(int, granularity.block_size)
         self._add(gs.Node("DequantizeLinear", tensor.name, attrs, inputs, [result]), home)
         known.append((params, result))
+        return result
+
+    def _constants(self, tensor: gs.Tensor, value: QuantizedWeight, *, own: bool = False) -> list[gs.Tensor]:
+        """What a DequantizeLinear of a constant reads: codes, scale and, where it is needed, zero point."""
+        stored = channel_widths.centred(value)
+        params = stored.params
+        codes = self._codes(self._name(f"{tensor.name}_quantized"), stored.codes, params.spec.format)
+        scale, zero = self._scale(tensor.name, params, tensor.dtype)
+        needed = params.zero_point.any() or not (own and params.spec.format.signed)
+        return [codes, scale, zero] if needed else [codes, scale]
+
+    def _joined(
+        self, tensor: gs.Tensor, groups: Sequence[tuple[IntArray, QuantizedWeight]], home: gs.Graph
+    ) -> gs.Tensor:
+        """A constant whose channels are stored apart: each group dequantized, joined, and put back in order."""
+        axis = cast(int, groups[0][1].params.spec.granularity.axis)
+        parts = []
+        for _, group in groups:
+            parts.append(gs.Variable(self._name(f"{tensor.name}_part"), dtype=tensor.dtype, shape=group.codes.shape))
+            inputs = self._constants(tensor, group)
+            self._add(gs.Node("DequantizeLinear", tensor.name, {"axis": axis}, inputs, parts[-1:]), home)
+        joined = gs.Variable(self._name(f"{tensor.name}_joined"), dtype=tensor.dtype, shape=tensor.shape)
+        self._add(gs.Node("Concat", tensor.name, {"axis": axis}, parts, [joined]), home)
+        order = np.concatenate([channels for channels, _ in groups])
+        if (np.diff(order) > 0).all():
+            return joined
+        back = gs.Constant(self._name(f"{tensor.name}_order"), np.argsort(order))
+        result = gs.Variable(self._name(f"{tensor.name}_dequantized"), dtype=tensor.dtype, shape=tensor.shape)
+        self._add(gs.Node("Gather", tensor.name, {"axis": axis}, [joined, back], [result]), home)
         return result
 
     def _table(self, node: gs.Node, params: QuantParams) -> None:
@@ -237,6 +298,12 @@ class _Inserter:
 
     def _name(self, wanted: str) -> str:
         return graphs.fresh_name(wanted, self.taken)
+
+
+def _along(params: QuantParams) -> dict[str, int]:
+    """Attributes of Q and DQ with these scales."""
+    axis = params.spec.granularity.axis
+    return {} if axis is None else {"axis": axis}
 
 
 def _same(one: QuantParams, other: QuantParams) -> bool:

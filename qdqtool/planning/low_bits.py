@@ -7,15 +7,18 @@ its type alone: the runtime takes codes of 4-bit types for those of 8 where it f
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 import onnx_graphsurgeon as gs
 
 from qdqtool.graphs import graph as graphs
 from qdqtool.graphs.linear import LinearLayer
-from qdqtool.planning.precision import Precision
+from qdqtool.planning.precision import Precision, widened
 from qdqtool.planning.target import Emit, Target
 from qdqtool.spec import FORMATS, QuantSpec
+
+if TYPE_CHECKING:
+    from qdqtool.recipe import Recipe
 
 _USUAL: Final = 8
 """Bits of activations where a precision takes none away: they have the target's own format, which may be wider."""
@@ -24,7 +27,34 @@ _USUAL: Final = 8
 def activation_spec(target: Target, bits: int) -> QuantSpec:
     """Codes of an activation on a target, per tensor."""
     base, symmetric = FORMATS[target.activation], target.activation_symmetric
+    if bits > max(base.bits, _USUAL):
+        return QuantSpec(widened(base, bits), symmetric, narrow=symmetric)
     return QuantSpec(base, symmetric, narrow=symmetric, bits=None if bits >= _USUAL else bits)
+
+
+def shared_out(spec: QuantSpec, recipe: Recipe) -> QuantSpec:
+    """An activation's spec with its bits allocated to the channels, where it has few and a scale for each channel."""
+    if not recipe.allocates("activations") or spec.bits is None or spec.granularity.axis is None:
+        return spec
+    return replace(spec, allocation=recipe.bit_allocation)
+
+
+def shared_out_weight(spec: QuantSpec, recipe: Recipe, bits: int) -> QuantSpec:
+    """A weight's spec with ``bits`` on average allocated to its channels, in a type that holds all widths.
+
+    Every channel is asymmetric, as published: codes of few bits then lie where its values are.
+    """
+    if not recipe.allocates("weights") or bits >= _USUAL or spec.granularity.axis is None:
+        return spec
+    return replace(
+        spec,
+        format=recipe.weight_format,
+        bits=bits,
+        symmetric=False,
+        narrow=False,
+        allocation=recipe.bit_allocation,
+        split=recipe.storage == "split",
+    )
 
 
 def placed(target: Target, precision: Precision, *, channels: bool) -> Target:

@@ -33,11 +33,11 @@ class SpecOverride:
         """The spec with what the override names changed."""
         wanted = self.override
         if wanted.dtype is not None:
-            spec = replace(spec, format=number_format(wanted.dtype), bits=None)
+            spec = replace(spec, format=number_format(wanted.dtype), bits=None, allocation=None, split=False)
         if wanted.symmetric is not None:
             spec = replace(spec, symmetric=wanted.symmetric, narrow=wanted.symmetric)
         if wanted.range is not None:
-            spec = replace(spec, fixed=wanted.range)
+            spec = replace(spec, fixed=wanted.range, allocation=None, split=False)
         return spec
 
 

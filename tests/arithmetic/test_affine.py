@@ -7,6 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
+from qdqtool.arithmetic import blockwise
 from qdqtool.arithmetic.affine import (
     dequantize,
     expected_error,
@@ -142,3 +143,23 @@ def test_expected_error_beside_a_huge_outlier_keeps_its_precision() -> None:
 def test_expected_error_of_nothing_is_zero() -> None:
     assert expected_error(TensorStatistics().bins, 0, 1, QuantSpec(FORMATS["uint8"])) == 0
     assert expected_error(TensorStatistics().bins, 0, 1, QuantSpec(FORMATS["uint16"])) == 0
+
+
+@pytest.mark.parametrize("symmetric", [False, True])
+@pytest.mark.parametrize("name", ["int8", "uint8"])
+def test_channels_of_unequal_bits_are_those_of_one_width_each(name: str, symmetric: bool) -> None:
+    x = np.random.default_rng(0).standard_normal((9, 200)).astype(np.float32)
+    spec = QuantSpec(FORMATS[name], symmetric, per_channel(0), narrow=True, bits=4)
+    params = params_from_range(tensor_range(x, spec), spec, "", np.arange(9))
+    codes = quantize(x, params)
+    np.testing.assert_array_equal(codes, blockwise.quantize(x, params))
+    for bits in range(9):
+        one = spec.of_width(bits)
+        alone = params_from_range(tensor_range(x, one), one)
+        if bits:
+            np.testing.assert_allclose(params.scale[bits], alone.scale[bits], rtol=1e-6)
+        np.testing.assert_array_equal(codes[bits], quantize(x, alone)[bits])
+        assert np.unique(codes[bits]).size <= 1 << bits
+        assert (int(params.qmin[bits]), int(params.qmax[bits])) == (one.qmin, one.qmax)
+    assert not dequantize(codes, params)[0].any()
+    assert params.mean_bits == 4

@@ -8,15 +8,11 @@ import numpy as np
 import onnx
 import pytest
 
-from qdqtool.arithmetic import gptq
-from qdqtool.arithmetic.second_moments import SecondMoments, columns, gram, obstacle
+from qdqtool.arithmetic.second_moments import SecondMoments, columns, from_rows, obstacle, product, rows, size
 from qdqtool.graphs import graph as graphs
 from qdqtool.graphs import model as models
 from qdqtool.graphs.linear import LinearLayer
-from qdqtool.spec import FORMATS, QuantSpec
-from tests.builders import normal, parse, run
-
-INT4 = QuantSpec(FORMATS["int4"], symmetric=True, narrow=True)
+from tests.builders import Array, normal, parse, run
 
 
 def layer_of(proto: onnx.ModelProto) -> LinearLayer:
@@ -77,16 +73,62 @@ def test_columns_of_a_product(body: str, x: str, shape: tuple[int, ...], given: 
     np.testing.assert_allclose(made, run(proto, {"x": values})["y"].reshape(-1, 5), atol=1e-4)
 
 
+def samples(count: int, positions: int = 30, inputs: int = 6) -> list[tuple[Array, Array]]:
+    """Columns of the float model and of another, whose inputs are smaller and noisier."""
+    rng, found = np.random.default_rng(0), []
+    for _ in range(count):
+        exact = 1 + rng.standard_normal((2, inputs, positions))
+        seen = 0.8 * exact + 0.1 * rng.standard_normal(exact.shape)
+        found.append((exact.astype(np.float32), seen.astype(np.float32)))
+    return found
+
+
+def counted(given: list[tuple[Array, Array]]) -> SecondMoments:
+    found = SecondMoments(product(), count_exact=True)
+    for exact, seen in given:
+        found.add(exact, seen)
+    return found
+
+
 def test_moments_are_means_over_samples_of_means_over_positions() -> None:
-    rng, found = np.random.default_rng(0), SecondMoments(gram())
-    samples = [rng.standard_normal((2, 6, positions)).astype(np.float32) for positions in (5, 40, 17)]
-    for sample in samples:
-        found.add(sample)
-    found.add(np.full((2, 6, 3), np.inf, np.float32))
-    wanted = np.mean([s @ s.swapaxes(1, 2) / s.shape[2] for s in samples], axis=0)
+    given = [pair for n in (5, 40, 17) for pair in samples(1, n)]
+    spoilt = np.full((2, 6, 3), np.inf, np.float32)
+    found = counted([*given, (spoilt, spoilt)])
+    known = found.mean(centred=False)
     assert found.samples == 3
-    assert found.total is not None
-    np.testing.assert_allclose(found.total / 3, wanted, rtol=1e-5, atol=1e-6)
+    for got, pairs in (
+        (known.h, [(y, y) for _, y in given]),
+        (known.drift, [(x - y, y) for x, y in given]),
+        (known.exact, [(x, x) for x, _ in given]),
+    ):
+        assert got is not None
+        wanted = np.mean([one @ other.swapaxes(1, 2) / one.shape[2] for one, other in pairs], axis=0)
+        np.testing.assert_allclose(got, wanted, rtol=1e-4, atol=1e-5)
+
+
+def test_errors_are_those_of_the_outputs() -> None:
+    """With the inputs of either model, about the mean and about 0; the quantized model's but for a constant."""
+    given, rng = samples(20), np.random.default_rng(1)
+    weights, tries = rng.standard_normal((2, 3, 6)), rng.standard_normal((2, 2, 3, 6))
+    exact, seen = (np.concatenate(parts, axis=2).astype(np.float64) for parts in zip(*given, strict=True))
+    for centred in (False, True):
+        known = counted(given).mean(centred=centred)
+        x, y = (part - part.mean(axis=2, keepdims=True) if centred else part for part in (exact, seen))
+        wanted = [float(((weights @ x - v @ y) ** 2).mean(axis=2).sum()) for v in tries]
+        got = [known.error(weights, v) for v in tries]
+        assert got[0] - got[1] == pytest.approx(wanted[0] - wanted[1], rel=1e-4)
+        own = float((((weights - tries[0]) @ x) ** 2).mean(axis=2).sum())
+        assert known.exact_error(weights, tries[0]) == pytest.approx(own, rel=1e-4)
+
+
+def test_sums_of_parts_are_those_of_all() -> None:
+    given = samples(6)
+    whole, parts = counted(given), counted(given[:2]) | counted(given[2:])
+    assert parts.samples == whole.samples
+    for centred in (False, True):
+        one, other = (found.shrunk(centred=centred) for found in (whole, parts))
+        np.testing.assert_allclose(one.h, other.h, rtol=1e-9)
+        np.testing.assert_allclose(one.drift, other.drift, rtol=1e-9)
 
 
 def test_shrinking_ends_where_samples_are_many() -> None:
@@ -95,58 +137,32 @@ def test_shrinking_ends_where_samples_are_many() -> None:
     mixing = rng.standard_normal((20, 20)) / 5 + np.eye(20)
     truth, errors = mixing @ mixing.T, {}
     for count in (10, 2000):
-        found = SecondMoments(gram())
-        for _ in range(count):
-            found.add((mixing @ rng.standard_normal((20, 1)))[None].astype(np.float32))
-        assert found.total is not None
-        errors[count] = [float(((h - truth) ** 2).sum()) for h in (found.total[0] / count, found.shrunk()[0])]
+        columns_of_one = [(mixing @ rng.standard_normal((20, 1)))[None].astype(np.float32) for _ in range(count)]
+        found = counted([(one, one) for one in columns_of_one])
+        both = found.mean(centred=False), found.shrunk(centred=False)
+        errors[count] = [float(((known.h[0] - truth) ** 2).sum()) for known in both]
     assert errors[10][1] < 0.7 * errors[10][0]
     assert errors[2000][1] < 1.05 * errors[2000][0]
 
 
 def test_one_sample_tells_nothing_of_correlations() -> None:
-    found = SecondMoments(gram())
-    found.add(normal(1, 4, 9))
-    assert np.count_nonzero(found.shrunk()) == 4
+    known = counted(samples(1)).shrunk(centred=False)
+    assert np.count_nonzero(known.h) == 2 * 6
+    assert not known.drift.any()
 
 
-def test_without_correlations_gptq_is_nearest() -> None:
-    weights, scale = normal(3, 8, 40).astype(np.float64), np.full((3, 8, 1), 0.3)
-    moments = np.broadcast_to(np.diag(np.linspace(0, 2, 40)), (3, 40, 40))
-    found = gptq.rounded(weights, moments, scale, np.zeros_like(scale), INT4)
-    np.testing.assert_array_equal(found, np.clip(np.rint(weights / scale), -7, 7))
-
-
-@pytest.mark.parametrize("inputs", [3, 127, 128, 129, 300])
-def test_gptq_lowers_the_error_that_the_moments_tell(inputs: int) -> None:
-    """In one block and over several, with an input that is always 0."""
-    rng = np.random.default_rng(inputs)
-    weights = rng.standard_normal((1, 10, inputs))
-    x = rng.standard_normal((inputs, 3)) @ rng.standard_normal((3, 500)) + 0.3 * rng.standard_normal((inputs, 500))
-    x[0] = 0
-    moments, scale = (x @ x.T / 500)[None], np.abs(weights).max(axis=2, keepdims=True) / 7
-    nearest = np.rint(weights / scale)
-    found = gptq.rounded(weights, moments, scale, np.zeros_like(scale), INT4)
-    near, best = (float(((((weights - q * scale)[0]) @ x) ** 2).mean()) for q in (nearest, found))
-    assert best < (1.0 if inputs == 3 else 0.5) * near + 1e-12
-    assert np.abs(found).max() <= 7
-
-
-def test_gptq_is_the_rule_written_out() -> None:
-    """Against optimal brain surgeon step by step: w -= e H⁻¹_i / H⁻¹_ii, then input i leaves H."""
-    rng = np.random.default_rng(3)
-    x = rng.standard_normal((6, 50))
-    weights, scale = rng.standard_normal((1, 4, 6)), np.full((1, 4, 1), 0.4)
-    h = x @ x.T / 50
-    found = gptq.rounded(weights, h[None], scale, np.zeros_like(scale), INT4)[0]
-    damped, w, wanted = h + 0.01 * np.diag(h).mean() * np.eye(6), weights[0].copy(), np.zeros((4, 6))
-    left = list(np.argsort(-np.diag(h), kind="stable"))
-    while left:
-        inverse, i = np.linalg.inv(damped[np.ix_(left, left)]), left[0]
-        wanted[:, i] = np.clip(np.rint(w[:, i] / 0.4), -7, 7)
-        w[:, left] -= np.outer(w[:, i] - 0.4 * wanted[:, i], inverse[0] / inverse[0, 0])
-        left = left[1:]
-    np.testing.assert_array_equal(found, wanted)
+def test_a_weight_as_rows_and_back() -> None:
+    for body, shape in (
+        ("y = Conv <group = 2> (x, w)", (8, 2, 3, 3)),
+        ("y = MatMul(x, w)", (8, 5)),
+        ("y = Gemm <transB = 1> (x, w)", (5, 8)),
+    ):
+        given = "float[N, 4, 9, 9] x" if len(shape) == 4 else "float[N, 8] x"
+        result = "float[N, 8, 7, 7] y" if len(shape) == 4 else "float[N, 5] y"
+        layer, values = layer_of(parse(body, given, result, {"w": normal(*shape)})), normal(*shape)
+        matrix = rows(layer, values)
+        np.testing.assert_array_equal(from_rows(layer, matrix, shape).astype(np.float32), values)
+        assert size(layer) == 8 * matrix.shape[0] * matrix.shape[2] ** 2
 
 
 def test_a_weight_that_is_no_matrix_has_no_columns() -> None:

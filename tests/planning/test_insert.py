@@ -16,7 +16,7 @@ from qdqtool.graphs import model as models
 from qdqtool.planning.insert import derived_bias, insert
 from qdqtool.planning.plan import DerivedFrom, Key, Output, Plan, SharedWith, Use
 from qdqtool.spec import FORMATS, PER_TENSOR, QuantizedWeight, QuantParams, QuantSpec, per_channel
-from tests.builders import Array, constants, normal, parse, run
+from tests.builders import Array, constants, normal, parse, quantized, run, weight
 
 WEIGHT = QuantSpec(FORMATS["int8"], symmetric=True, narrow=True)
 ACTIVATION = QuantSpec(FORMATS["uint8"])
@@ -205,3 +205,17 @@ def test_a_reader_in_a_control_flow_body_reads_the_quantized_tensor() -> None:
     result = inserted(proto, {Output("a"): params(0.5)})
     got = run(result, {"x": normal(3, 4), "f": np.array(True)}, optimize=False)["y"]
     np.testing.assert_array_equal(got * 2, np.rint(got * 2))
+
+
+@pytest.mark.parametrize("fields", [{}, {"precision": "w8a4", "first_last_8bit": False}])
+def test_a_matmul_reads_channels_with_scales_of_their_own(fields: dict[str, Any]) -> None:
+    """The runtime would make of it a kernel that refuses such scales when it runs."""
+    values = {"m": weight(16, 16), "k": weight(16, 8, seed=1)}
+    proto = parse("a = MatMul(x, m) b = Relu(a) y = MatMul(b, k)", "float[N, 5, 16] x", "float[N, 5, 8] y", values)
+    x = normal(16, 5, 16) * np.geomspace(1, 100, 16).astype(np.float32)
+    one, each = (
+        quantized(proto, {"x": x}, smoothing="off", activation_per_channel=on, **fields) for on in (False, True)
+    )
+    assert one.report.verification is not None
+    assert each.report.verification is not None
+    assert each.report.verification.worst_db > one.report.verification.worst_db + 2

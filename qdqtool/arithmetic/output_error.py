@@ -1,0 +1,55 @@
+"""Codes of a weight by which the layer's output errs least, checked on samples that were kept apart.
+
+Codes are chosen for the weight that fits the inputs the layer reads in the quantized model
+(:func:`qdqtool.arithmetic.gptq.compensated`). Where they do worse than the nearest codes on samples kept apart, with
+the inputs of the quantized or of the float model, half of that fit is tried, and none of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Final
+
+from qdqtool.arithmetic.gptq import compensated
+from qdqtool.arithmetic.grid import Grid
+from qdqtool.arithmetic.second_moments import Moments, SecondMoments
+from qdqtool.spec import FloatArray, IntArray
+
+Rounding = Callable[[FloatArray, FloatArray, Grid], IntArray]
+"""A method: weights, second moments H and grid -> codes; see :func:`qdqtool.arithmetic.gptq.rounded`."""
+_SHARES: Final = (1.0, 0.5, 0.0)
+_ENOUGH: Final = 4
+"""Samples kept apart of which fewer do not tell whether a fit holds, which has an unknown for each input."""
+
+
+def chosen(
+    weights: FloatArray, grid: Grid, rounding: Rounding, fit: SecondMoments, apart: SecondMoments, *, centred: bool
+) -> IntArray | None:
+    """The codes; None where the nearest ones err less on the samples kept apart.
+
+    Args:
+        weights: float64 (groups, outputs of a group, inputs of a group).
+        grid: the codes that each output may have.
+        rounding: the method.
+        fit: moments over the samples to choose by, at least one.
+        apart: over the samples to check on; without any, nothing is checked.
+        centred: a bias makes up for the mean of the error.
+    """
+    whole = (fit | apart).shrunk(centred=centred)
+    if not apart.samples:
+        return _rounded(weights, grid, rounding, whole, 0.0)
+    nearest, known, seen = grid.nearest(weights), fit.shrunk(centred=centred), apart.mean(centred=centred)
+    bounds = [error(weights, grid.values(nearest)) for error in (seen.error, seen.exact_error)]
+    for share in _SHARES if apart.samples >= _ENOUGH else (0.0,):
+        values = grid.values(_rounded(weights, grid, rounding, known, share))
+        if seen.error(weights, values) <= bounds[0] and seen.exact_error(weights, values) <= bounds[1]:
+            return _rounded(weights, grid, rounding, whole, share)
+    return None
+
+
+def _rounded(weights: FloatArray, grid: Grid, rounding: Rounding, moments: Moments, share: float) -> IntArray:
+    """Codes for the weight moved by a share of the way to the one that fits the inputs best."""
+    wanted = weights
+    if share:
+        wanted = weights + share * (compensated(weights, moments.h, moments.drift) - weights)
+    return rounding(wanted, moments.h, grid)
