@@ -44,6 +44,8 @@ def session(
     config: Mapping[str, str] | None = None,
     provider_options: Mapping[str, str] | None = None,
     optimized_path: str | Path | None = None,
+    layout: bool = True,
+    profile: str | Path | None = None,
 ) -> Any:
     """Create an ``onnxruntime.InferenceSession`` that prints nothing of its own.
 
@@ -55,6 +57,8 @@ def session(
         config: session configuration entries.
         provider_options: of the provider that comes first.
         optimized_path: where the runtime saves the graph it really runs.
+        profile: how the name of the file begins to which the runtime writes times of kernels, at ``end_profiling``.
+        layout: where it optimizes, it may also change the layout of tensors, which renames them.
 
     Raises:
         ModelError: the runtime refuses the model; its own words are part of the message.
@@ -65,13 +69,16 @@ def session(
     options.log_severity_level = 4
     options.intra_op_num_threads = threads
     level = ort.GraphOptimizationLevel
-    options.graph_optimization_level = level.ORT_ENABLE_ALL if optimize else level.ORT_DISABLE_ALL
+    best = level.ORT_ENABLE_ALL if layout else level.ORT_ENABLE_EXTENDED
+    options.graph_optimization_level = best if optimize else level.ORT_DISABLE_ALL
     # Threads that spin while they wait slow down whatever runs beside them (counting, another program).
     defaults = {"session.intra_op.allow_spinning": "0"}
     if provider != "cpu":
         defaults[WITHOUT_OPTIMIZERS] = BIAS_OPTIMIZER
     for key, value in {**defaults, **(config or {})}.items():
         options.add_session_config_entry(key, value)
+    if profile is not None:
+        options.enable_profiling, options.profile_file_prefix = True, str(profile)
     if optimized_path is not None:
         options.optimized_model_filepath = str(optimized_path)
         if models.is_large(proto):
@@ -204,7 +211,7 @@ def _why_no_gpu(provider: str) -> str | None:
     with quiet_native():
         if hasattr(ort, "preload_dlls"):
             ort.preload_dlls()
-        found = session(_tiny_model(), provider=provider).get_providers()
+        found = session(tiny_model(), provider=provider).get_providers()
     return None if name in found else f"{name} failed to load its libraries (CUDA, cuDNN or TensorRT)"
 
 
@@ -221,7 +228,8 @@ def is_stub_driver() -> bool:
     return hasattr(_driver(), STUB)
 
 
-def _tiny_model() -> onnx.ModelProto:
+def tiny_model() -> onnx.ModelProto:
+    """A model that only tells whether a provider loads."""
     text = '<ir_version: 8, opset_import: ["" : 17]> g (float[1] x) => (float[1] y) { y = Identity(x) }'
     return onnx.parser.parse_model(text)
 

@@ -38,10 +38,15 @@ class CudaStub:
 
     folder: Path
 
-    def __call__(self, proto: onnx.ModelProto, config: Mapping[str, str] | None = None) -> Partition:
-        """Partition a model, with further session configuration entries, in a process of its own."""
+    def __call__(
+        self, proto: onnx.ModelProto, config: Mapping[str, str] | None = None, optimized: Path | None = None
+    ) -> Partition:
+        """Partition a model, with further session configuration entries, in a process of its own.
+
+        The graph that runs is saved as ``optimized``.
+        """
         path = models.save(proto, self.folder / f"{uuid.uuid4().hex}.onnx")
-        return partition_apart(path, self.folder, config=config)
+        return partition_apart(path, self.folder, config=config, optimized=optimized)
 
 
 def provider() -> Path | None:

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import importlib
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Final
 
@@ -17,16 +16,17 @@ from qdqtool.data import batching
 from qdqtool.data.batching import Sample
 from qdqtool.data.fit import Feeds
 from qdqtool.data.source import Data, open_data
-from qdqtool.errors import DataError, GateError, RecipeError, nearest
+from qdqtool.errors import DataError, GateError
 from qdqtool.graphs import model as models
 from qdqtool.graphs.model import ModelSource
 from qdqtool.observation import observe
 from qdqtool.verification import tensor_error
-from qdqtool.verification.significance import Difference, paired
+from qdqtool.verification.kernel_error import KernelError, kernel_errors
+from qdqtool.verification.metric import DRAWS, Scores, find_metric, scored
+from qdqtool.verification.significance import Difference
 from qdqtool.verification.sqnr import Sqnr
 
 Array = npt.NDArray[Any]
-Metric = Callable[[Mapping[str, Array], Array], Any]
 _SATURATED: Final = 0.5  # dB that are lost where sums saturate, at least
 VERIFIED: Final = 16
 """Calibration samples on which a new model is verified."""
@@ -44,10 +44,14 @@ class Comparison:
             16-bit sums may, else empty.
         tensors: SQNR in dB of tensors that both models have by name, emulated.
         local: the same where each layer alone is quantized and reads what the float model computes.
+        apart: SQNR in dB of each output as fused, against the same output emulated.
+        kernels: which fused kernels are behind that, see :mod:`qdqtool.verification.kernel_error`; None where they
+            were not compared.
         agreement: share of samples whose greatest entry of the first output is at the same place; None where that has
             no meaning.
-        metric: name of the task's metric, with the score of either model (higher is better).
-        difference: of the scores, quantized less float, where the metric gives one for each sample.
+        metric: name of the task's metric, with the score of the float model, of the quantized model as fused and as
+            emulated (higher is better).
+        difference: of the scores, fused less float; None where no interval can be given.
         provider: execution provider on which all this was measured.
     """
 
@@ -63,6 +67,9 @@ class Comparison:
     difference: Difference | None = None
     local: Mapping[str, float] = field(default_factory=dict)
     wide: Mapping[str, float] = field(default_factory=dict)
+    emulated_score: float | None = None
+    apart: Mapping[str, float] = field(default_factory=dict)
+    kernels: tuple[KernelError, ...] | None = None
 
     @property
     def worst_db(self) -> float:
@@ -72,7 +79,15 @@ class Comparison:
     def gate(
         self, *, min_sqnr: float | None = None, max_drop: float | None = None, min_agreement: float | None = None
     ) -> None:
-        """Raise GateError with every limit that is broken.
+        """Raise GateError with every limit that is broken; see :meth:`broken`."""
+        broken = self.broken(min_sqnr=min_sqnr, max_drop=max_drop, min_agreement=min_agreement)
+        if broken:
+            raise GateError("; ".join(broken))
+
+    def broken(
+        self, *, min_sqnr: float | None = None, max_drop: float | None = None, min_agreement: float | None = None
+    ) -> list[str]:
+        """Every limit that is broken, in words.
 
         Args:
             min_sqnr: dB, of every output as fused.
@@ -88,8 +103,7 @@ class Comparison:
                 broken.append(f"{self.metric} loses {drop:.4g}, more than --max-drop {max_drop:g}")
         if min_agreement is not None and (self.agreement or 0.0) < min_agreement:
             broken.append(f"an agreement of {self.agreement or 0.0:.4f} is below --min-agreement {min_agreement:g}")
-        if broken:
-            raise GateError("; ".join(broken))
+        return broken
 
     @property
     def warning(self) -> str | None:
@@ -113,6 +127,7 @@ def compare(
     tensors: bool = True,
     provider: str = "cpu",
     progress: observe.Progress | None = None,
+    draws: int = DRAWS,
 ) -> Comparison:
     """Run both models over the data.
 
@@ -121,13 +136,15 @@ def compare(
         quantized: its quantized form, same inputs and outputs.
         data: evaluation data, in any form that calibration data may have.
         labels: one label a sample, needed by ``metric``.
-        metric: "top1", "top5" or "package.module:function"; see :func:`find_metric`.
-        tensors: also compare the tensors in between, on the first samples.
+        metric: "top1", "top5" or "package.module:function"; see :func:`qdqtool.verification.metric.find_metric`.
+        tensors: also compare the tensors in between and the fused kernels, on the first samples.
         provider: execution provider, already known to load.
         progress: told after every batch.
+        draws: where the metric is one number over all samples, how often it is computed anew on samples drawn with
+            replacement, for the interval of the difference; 0: none is given.
 
     Raises:
-        DataError: no samples, or labels that do not fit.
+        DataError: no samples, labels that do not fit, or a metric that gives neither one number nor one a sample.
         RecipeError: unknown metric.
     """
     reference, quantized = models.load(reference), models.load(quantized)
@@ -135,12 +152,7 @@ def compare(
     score = None if metric is None else find_metric(metric)
     if score is not None and labels is None:
         raise DataError(f"metric {metric!r} needs labels: an .npz with the inputs by name and the key 'labels'")
-    sessions = [
-        runtime.session(reference, provider=provider),
-        runtime.session(quantized, provider=provider),
-        runtime.session(quantized, provider=provider, optimize=False),
-        *wide_sessions(quantized, provider),
-    ]
+    sessions = _sessions(reference, quantized, provider)
     names = runtime.comparable(sessions[0])
     _same_outputs(names, [output.name for output in sessions[1].get_outputs()])
 
@@ -153,23 +165,48 @@ def compare(
         raise DataError(f"{data.description} holds no samples")
     # Samples of one shape ran together; labels come as the data do.
     order = np.argsort([sample.position for sample in seen.samples])
-    outputs = [_joined(names, kept, plan.rows, order) for kept in (seen.reference, seen.quantized)]
-    scores = [] if score is None or labels is None else _scores(score, outputs, labels, len(seen.samples), metric)
-    first = list(plan.small().batches(seen.samples[:VERIFIED])) if tensors else []
-    return Comparison(
+    if score is not None and labels is not None and len(labels) != len(order):
+        raise DataError(f"there are {len(labels)} labels for {len(order)} samples; metric {metric!r} needs one each")
+    outputs = [_joined(names, kept, plan.rows, order) for kept in seen.outputs]
+    scores = Scores() if score is None or labels is None else scored(metric, score, outputs, labels, draws=draws)
+    found = Comparison(
         samples=len(seen.samples),
         fused=decibels(seen.sums[0]),
         emulated=decibels(seen.sums[1]),
         wide=decibels(*seen.sums[2:]),
-        tensors=tensor_error.cumulative(reference, quantized, first, provider) if tensors else {},
-        local=tensor_error.local(reference, quantized, first, provider) if tensors else {},
-        agreement=_agreement(outputs, names[0]),
+        apart=decibels(seen.apart),
+        agreement=_agreement(outputs[:2], names[0]),
         metric=metric,
-        float_score=float(scores[0].mean()) if scores else None,
-        quantized_score=float(scores[1].mean()) if scores else None,
-        difference=paired(scores[0], scores[1]) if scores and scores[0].ndim else None,
+        float_score=scores.reference,
+        quantized_score=scores.fused,
+        emulated_score=scores.emulated,
+        difference=scores.difference,
         provider=provider,
     )
+    first = list(plan.small().batches(seen.samples[:VERIFIED])) if tensors else []
+    return _with_tensors(found, reference, quantized, first) if tensors else found
+
+
+def _with_tensors(
+    found: Comparison, reference: onnx.ModelProto, quantized: onnx.ModelProto, batches: Sequence[batching.Batch]
+) -> Comparison:
+    """The comparison with that of tensors in between and of fused kernels, on a few batches."""
+    return replace(
+        found,
+        tensors=tensor_error.cumulative(reference, quantized, batches, found.provider),
+        local=tensor_error.local(reference, quantized, batches, found.provider),
+        kernels=kernel_errors(quantized, batches, found.provider),
+    )
+
+
+def _sessions(reference: onnx.ModelProto, quantized: onnx.ModelProto, provider: str) -> list[Any]:
+    """Sessions of the float model, of the quantized one fused and emulated, and where sums saturate of one without."""
+    return [
+        runtime.session(reference, provider=provider),
+        runtime.session(quantized, provider=provider),
+        runtime.session(quantized, provider=provider, optimize=False),
+        *wide_sessions(quantized, provider),
+    ]
 
 
 def wide_sessions(quantized: onnx.ModelProto, provider: str) -> list[Any]:
@@ -185,11 +222,18 @@ def decibels(*sums: Mapping[str, Sqnr]) -> dict[str, float]:
 
 @dataclass
 class _Seen:
-    """What running all models over the data gave: SQNR by output for each form, outputs by batch, and the samples."""
+    """What running all models over the data gave.
+
+    Attributes:
+        sums: SQNR by output for each form of the quantized model.
+        apart: the same of its fused form against its emulated one.
+        outputs: of the float model, the fused and the emulated form: outputs by batch.
+        samples: in the order they ran.
+    """
 
     sums: list[dict[str, Sqnr]]
-    reference: list[list[Array]] = field(default_factory=list)
-    quantized: list[list[Array]] = field(default_factory=list)
+    apart: dict[str, Sqnr]
+    outputs: tuple[list[list[Array]], ...] = field(default_factory=lambda: ([], [], []))
     samples: list[Sample] = field(default_factory=list)
 
 
@@ -201,14 +245,17 @@ def _run_all(
     progress: observe.Progress | None,
 ) -> _Seen:
     """Run the float session and those of the quantized model; the first samples keep their feeds to compare tensors."""
-    seen = _Seen([{name: Sqnr() for name in names} for _ in sessions[1:]])
+    forms = [{name: Sqnr() for name in names} for _ in sessions]
+    seen = _Seen(forms[1:], forms[0])
     for batch in plan.batches(plan.samples(data)):
         want, *found = ([batch.real(v) for v in runtime.run(s, names, batch.feeds)] for s in sessions)
         for sums, got in zip(seen.sums, found, strict=True):
             for name, x, y in zip(names, want, got, strict=True):
                 sums[name].add(x, y)
-        seen.reference.append(want)
-        seen.quantized.append(found[0])
+        for name, x, y in zip(names, found[1], found[0], strict=True):
+            seen.apart[name].add(x, y)
+        for kept, values in zip(seen.outputs, (want, *found), strict=False):
+            kept.append(values)
         for sample in batch.samples:
             seen.samples.append(sample if len(seen.samples) < VERIFIED else replace(sample, feeds={}))
         if progress is not None:
@@ -246,49 +293,3 @@ def _agreement(outputs: Sequence[Mapping[str, Array]], name: str) -> float | Non
         return None
     a, b = (values.reshape(len(values), -1) for values in (reference, quantized))
     return float((a.argmax(1) == b.argmax(1)).mean()) if a.shape[1] > 1 else None
-
-
-def _scores(
-    metric: Metric, outputs: Sequence[Mapping[str, Array]], labels: Array, samples: int, name: str | None
-) -> list[Array]:
-    """The metric of both models: a score of each sample, or one number."""
-    if len(labels) != samples:
-        raise DataError(f"there are {len(labels)} labels for {samples} samples; metric {name!r} needs one each")
-    found = [np.asarray(metric(given, labels), np.float64) for given in outputs]
-    return [scores if scores.shape == (samples,) else np.asarray(scores.mean()) for scores in found]
-
-
-def find_metric(name: str) -> Metric:
-    """A metric by name: ``f(outputs by name, labels)`` -> one score a sample or one number, higher is better.
-
-    Raises:
-        RecipeError: unknown name, or a function that cannot be imported.
-    """
-    if name in METRICS:
-        return METRICS[name]
-    module, _, function = name.partition(":")
-    if not function:
-        raise RecipeError(
-            f"unknown metric {name!r}; known: {', '.join(METRICS)}, or package.module:function.{nearest(name, METRICS)}"
-        )
-    try:
-        found: Metric = getattr(importlib.import_module(module), function)
-    except (ImportError, AttributeError) as error:
-        raise RecipeError(f"metric {name!r} cannot be imported: {error}") from error
-    return found
-
-
-def _top(k: int) -> Metric:
-    def metric(outputs: Mapping[str, Array], labels: Array) -> Array:
-        scores = next(iter(outputs.values()))
-        scores = scores.reshape(len(scores), -1)
-        best = (
-            np.argpartition(-scores, min(k, scores.shape[1]) - 1, axis=1)[:, :k] if k > 1 else scores.argmax(1)[:, None]
-        )
-        hits: Array = (best == labels.reshape(-1, 1)).any(axis=1) * 100.0
-        return hits
-
-    return metric
-
-
-METRICS: Final[Mapping[str, Metric]] = {"top1": _top(1), "top5": _top(5)}

@@ -8,21 +8,15 @@ a disturbance lasts longer than a round (Künsch: The jackknife and the bootstra
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 import math
-import os
-import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, Final
 
 import numpy as np
-import onnx
 
-from qdqtool import runtime
 from qdqtool.data import batching
 from qdqtool.data.fit import Feeds
 from qdqtool.data.source import Data
@@ -30,7 +24,7 @@ from qdqtool.errors import DataError, ModelError
 from qdqtool.graphs import model as models
 from qdqtool.graphs.model import InputInfo, ModelSource
 from qdqtool.spec import FloatArray
-from qdqtool.verification import placement
+from qdqtool.verification.running import Work, loaded, pinned, runner
 
 WARM_UP: Final = 15
 """Runs of each model that do not count."""
@@ -62,6 +56,21 @@ class Ratio:
 
 
 @dataclass(frozen=True)
+class Variant:
+    """A model with a setting of its own to measure it in.
+
+    Attributes:
+        source: the model.
+        provider: execution provider, where it is another one than the others'.
+        provider_options: of that provider, such as ``{"use_tf32": "0"}`` for CUDA.
+    """
+
+    source: ModelSource
+    provider: str | None = None
+    provider_options: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
 class Bench:
     """What :func:`bench` measured.
 
@@ -72,7 +81,8 @@ class Bench:
         rounds: runs of each model that counted.
         latency: by model, in the order given.
         ratios: of every model but the first.
-        operators: operator -> count in the graph that runs, by model.
+        work: what a model does in the graph that runs, by model.
+        failed: models that do not load or run, with the reason; the first is never among them.
     """
 
     provider: str
@@ -81,11 +91,22 @@ class Bench:
     rounds: int
     latency: Mapping[str, Latency]
     ratios: Mapping[str, Ratio]
-    operators: Mapping[str, Mapping[str, int]]
+    work: Mapping[str, Work]
+    failed: Mapping[str, str] = field(default_factory=dict)
+
+    def broken(self, most: float | None) -> list[str]:
+        """Every model that takes more than ``most`` times as long as the first, in words."""
+        first = next(iter(self.latency))
+        return [
+            f"{name} takes {ratio.value:.2f} times as long as {first} ({ratio.lo:.2f} to {ratio.hi:.2f}) at batch "
+            f"{self.batch}, more than --max-latency-ratio {most:g}"
+            for name, ratio in self.ratios.items()
+            if most is not None and ratio.value > most
+        ]
 
 
 def bench(
-    sources: Mapping[str, ModelSource],
+    sources: Mapping[str, ModelSource | Variant],
     feeds: Feeds,
     *,
     provider: str = "cpu",
@@ -93,6 +114,7 @@ def bench(
     seconds: float = 10.0,
     cuda_graph: bool = False,
     seed: int = 0,
+    strict: bool = True,
 ) -> Bench:
     """Measure models side by side.
 
@@ -104,6 +126,8 @@ def bench(
         seconds: time to spend, warm-up apart; at least 100 rounds are made.
         cuda_graph: let CUDA replay one captured graph of the whole model.
         seed: of the order in each round and of the bootstrap.
+        strict: a model that does not load or run is an error; else it is listed among those that failed, unless it is
+            the first.
 
     Raises:
         DataError: no model was named, or fewer processors than threads are there.
@@ -112,26 +136,42 @@ def bench(
     if not sources:
         raise DataError("there is no model to measure; name at least one")
     replayed = {"enable_cuda_graph": "1"} if cuda_graph else {}
-    operators: dict[str, dict[str, int]] = {}
-    with _pinned(threads) as config:
-        runners = []
-        for name, source in sources.items():
-            operators[name], active = _loaded(
-                models.load(source), provider=provider, threads=threads, config=config, provider_options=replayed
-            )
-            runners.append(_runner(active, feeds, "cpu" if provider == "cpu" else "cuda"))
-        times = measured(runners, seconds=seconds, seed=seed)
-    names = list(sources)
+    work: dict[str, Work] = {}
+    failed: dict[str, str] = {}
+    runners: dict[str, Callable[[], None]] = {}
+    with pinned(threads) as config:
+        for name, given in sources.items():
+            one = given if isinstance(given, Variant) else Variant(given)
+            try:
+                work[name], runners[name] = _started(
+                    one, feeds, one.provider or provider, replayed, threads=threads, config=config
+                )
+            except ModelError as error:
+                if strict or not runners:
+                    raise
+                failed[name] = str(error)
+        times = measured(list(runners.values()), seconds=seconds, seed=seed)
+    first, *others = zip(runners, times, strict=True)
     rows = next(iter(feeds.values())).shape
     return Bench(
         provider=provider,
         threads=threads,
         batch=rows[0] if rows else 1,
         rounds=times.shape[1],
-        latency={name: latency_of(row) for name, row in zip(names, times, strict=True)},
-        ratios={name: ratio_of(times[0], row, seed) for name, row in zip(names[1:], times[1:], strict=True)},
-        operators=operators,
+        latency={name: latency_of(row) for name, row in (first, *others)},
+        ratios={name: ratio_of(first[1], row, seed) for name, row in others},
+        work=work,
+        failed=failed,
     )
+
+
+def _started(
+    one: Variant, feeds: Feeds, provider: str, replayed: Mapping[str, str], **options: Any
+) -> tuple[Work, Callable[[], None]]:
+    """Load a model; what it does, and a function that runs it once."""
+    settings = {**one.provider_options, **(replayed if provider == "cuda" else {})}
+    work, active = loaded(models.load(one.source), provider=provider, provider_options=settings, **options)
+    return work, runner(active, feeds, "cpu" if provider == "cpu" else "cuda")
 
 
 def batch_of(inputs: Sequence[InputInfo], data: Data, count: int) -> Feeds:
@@ -198,61 +238,3 @@ def ratio_of(reference: FloatArray, times: FloatArray, seed: int = 0) -> Ratio:
     outside = (100 - _PERCENT) / 2
     lo, hi = np.percentile(ratios, [outside, 100 - outside])
     return Ratio(float(np.median(times) / np.median(reference)), float(lo), float(hi))
-
-
-def _loaded(proto: onnx.ModelProto, **options: Any) -> tuple[dict[str, int], Any]:
-    """Operators in the graph that runs, and the session."""
-    with tempfile.TemporaryDirectory(prefix="qdqtool-") as folder:
-        path = Path(folder) / "optimized.onnx"
-        active = runtime.session(proto, optimized_path=path, **options)
-        return placement.operators(onnx.load(path, load_external_data=False)), active
-
-
-def _runner(active: Any, feeds: Feeds, device: str) -> Callable[[], None]:
-    """One run on inputs that lie on the device, into outputs that lie there, each in the same place every time."""
-    import onnxruntime as ort
-
-    half = {given.name for given in active.get_inputs() if given.type == "tensor(float16)"}
-    outputs = [output.name for output in active.get_outputs()]
-    try:
-        binding = active.io_binding()
-        for name, value in feeds.items():
-            fed = value.astype(np.float16) if name in half else value
-            binding.bind_ortvalue_input(name, ort.OrtValue.ortvalue_from_numpy(fed, device, 0))
-        for name in outputs:
-            binding.bind_output(name, device)
-        active.run_with_iobinding(binding)  # tells the outputs' shapes
-        made = binding.get_outputs()
-        binding.clear_binding_outputs()
-        for name, value in zip(outputs, made, strict=True):
-            binding.bind_ortvalue_output(name, value)
-    except Exception as error:  # the runtime's own exceptions share no base but Exception
-        raise ModelError(f"ONNX Runtime cannot run the model on these inputs: {error}") from error
-
-    def run() -> None:
-        active.run_with_iobinding(binding)
-        if device != "cpu":
-            binding.synchronize_outputs()
-
-    return run
-
-
-@contextlib.contextmanager
-def _pinned(threads: int) -> Iterator[dict[str, str]]:
-    """Pin this thread to a processor, and give the configuration that pins a session's others."""
-    spinning = {"session.intra_op.allow_spinning": "1"}  # the runtime's own default, and so what users meet
-    if not threads:
-        yield spinning
-        return
-    if not hasattr(os, "sched_setaffinity"):
-        raise DataError("threads cannot be pinned on this system; leave --threads out")
-    before = os.sched_getaffinity(0)
-    if threads > len(before):
-        raise DataError(f"{threads} threads were asked for, and this process may use {len(before)} processors")
-    first, *others = sorted(before)[:threads]
-    pinned = {"session.intra_op_thread_affinities": ";".join(str(cpu + 1) for cpu in others)} if others else {}
-    os.sched_setaffinity(0, {first})
-    try:
-        yield {**spinning, **pinned}
-    finally:
-        os.sched_setaffinity(0, before)

@@ -109,7 +109,11 @@ def read(active: Any, optimized: onnx.ModelProto, provider: str) -> Partition:
 
 
 def partition_apart(
-    path: str | os.PathLike[str], libraries: str | os.PathLike[str], *, config: Mapping[str, str] | None = None
+    path: str | os.PathLike[str],
+    libraries: str | os.PathLike[str],
+    *,
+    config: Mapping[str, str] | None = None,
+    optimized: str | os.PathLike[str] | None = None,
 ) -> Partition:
     """The partition on CUDA in a process of its own, whose CUDA libraries are those in a folder.
 
@@ -119,6 +123,7 @@ def partition_apart(
         path: the model's file.
         libraries: the folder, searched before all others.
         config: further session configuration entries.
+        optimized: where to save the graph that the runtime makes of the model.
 
     Raises:
         ModelError: the runtime refuses the model, or CUDA does not load with these libraries; its words are given.
@@ -126,7 +131,7 @@ def partition_apart(
     search = os.pathsep.join(filter(None, (os.fspath(libraries), os.environ.get("LD_LIBRARY_PATH"))))
     command = (sys.executable, "-c", "from qdqtool.verification.partition import main; main()", os.fspath(path))
     done = subprocess.run(
-        (*command, json.dumps(dict(config or {}))),
+        (*command, json.dumps(dict(config or {})), os.fspath(optimized or "")),
         env={**os.environ, "LD_LIBRARY_PATH": search},
         capture_output=True,
         text=True,
@@ -141,8 +146,15 @@ def partition_apart(
 
 
 def main() -> None:
-    """Print the partition of the model ``argv[1]`` on CUDA as JSON; ``argv[2]`` is session configuration as JSON."""
-    print(json.dumps(dataclasses.asdict(partition(models.load(sys.argv[1]), config=json.loads(sys.argv[2])))))
+    """Print the partition of the model ``argv[1]`` on CUDA as JSON; ``argv[2]`` is session configuration as JSON.
+
+    ``argv[3]`` is where the graph that runs is saved; "": nowhere.
+    """
+    path, config, saved = sys.argv[1:]
+    optimized, active = placement.load(models.load(path), provider="cuda", config={**RECORD, **json.loads(config)})
+    if saved:
+        models.save(optimized, saved)
+    print(json.dumps(dataclasses.asdict(read(active, optimized, "cuda"))))
 
 
 def on_gpu(target: Target) -> bool:

@@ -116,7 +116,7 @@ def place(
         provider: where ``optimized`` was made.
     """
     homes = {node.name: (node, links) for links in Links.of(quantized.graph).everywhere() for node in links.graph.node}
-    after = _Optimized(optimized.graph, {name: node for name, (node, _) in homes.items()})
+    after = Optimized(optimized.graph, {name: node for name, (node, _) in homes.items()})
     kernels, floats, gone = {}, {}, []
     for name, op in plan.kernels.items():
         if name not in homes:  # nothing read what it made
@@ -138,7 +138,7 @@ def place(
 
 
 @dataclass(frozen=True)
-class _Found:
+class Found:
     """A node of an optimized graph, and the index of the graph that it is in."""
 
     node: onnx.NodeProto
@@ -150,6 +150,8 @@ class _Found:
         node, links = self.node, self.links
         if is_integer_kernel(node.op_type):
             return True
+        if not node.input:
+            return False
         while (known := links.types.get(node.input[0])) is None:
             maker = links.makers.get(node.input[0])  # types of tensors in the runtime's own layout are not told
             if maker is None or maker.op_type in CONVERSIONS or is_integer_kernel(maker.op_type):
@@ -158,20 +160,20 @@ class _Found:
         return known in _CODES
 
 
-class _Optimized:
+class Optimized:
     """An optimized graph with its bodies, asked about the nodes that it was made from."""
 
     def __init__(self, graph: onnx.GraphProto, known: Mapping[str, onnx.NodeProto]) -> None:
         """``known``: nodes before, which keep their names even where these look rewritten."""
         self.top = Links.of(graph)
-        found = [_Found(node, links) for links in self.top.everywhere() for node in links.graph.node]
-        work = [each for each in found if each.node.op_type not in CONVERSIONS]
-        self.by_name = {_name_before(each.node, known): each for each in work}
-        self.by_tensor = {name: each for each in work for name in each.node.output}
+        found = [Found(node, links) for links in self.top.everywhere() for node in links.graph.node]
+        self.work = [each for each in found if each.node.op_type not in CONVERSIONS]
+        self.by_name = {name_before(each.node, known): each for each in self.work}
+        self.by_tensor = {name: each for each in self.work for name in each.node.output}
         self.left = [each for each in found if each.node.op_type in CONVERSIONS]
-        self.names_left = {_name_before(each.node, known) for each in self.left}
+        self.names_left = {name_before(each.node, known): each for each in self.left}
 
-    def find(self, node: onnx.NodeProto, before: Links) -> _Found | None:
+    def find(self, node: onnx.NodeProto, before: Links) -> Found | None:
         """The node that does a node's work: by its name, else by a tensor that it puts out, in float or quantized."""
         found = self.by_name.get(node.name)
         for tensor in node.output if found is None else ():
@@ -189,8 +191,12 @@ class _Optimized:
 
     def conversions(self) -> dict[str, str]:
         """Every conversion left -> what it stands between."""
-        holders = {True: "the model", False: "a control-flow body"}
-        return {each.node.name: _between(each.node, each.links, holders[each.links is self.top]) for each in self.left}
+        return {each.node.name: self.between(each) for each in self.left}
+
+    def between(self, conversion: Found) -> str:
+        """What a conversion that is left stands between."""
+        holder = "the model" if conversion.links is self.top else "a control-flow body"
+        return _between(conversion.node, conversion.links, holder)
 
 
 def _between(node: onnx.NodeProto, links: Links, holder: str) -> str:
@@ -207,7 +213,7 @@ def _between(node: onnx.NodeProto, links: Links, holder: str) -> str:
     return f"{readers} takes in {what}"
 
 
-def _name_before(node: onnx.NodeProto, known: Mapping[str, onnx.NodeProto]) -> str:
+def name_before(node: onnx.NodeProto, known: Mapping[str, onnx.NodeProto]) -> str:
     """The name of what a node was made from; of a name that was there before, its operator must be part of the new."""
     name = node.name
     while name not in known or known[name].op_type not in node.op_type:

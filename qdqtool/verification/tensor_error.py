@@ -7,7 +7,7 @@ is handed on from layer to layer.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import onnx
 
@@ -18,7 +18,8 @@ from qdqtool.graphs.scopes import bodies
 from qdqtool.observation import observe
 from qdqtool.verification.sqnr import Sqnr
 
-_PREFIX = "qdqtool.quantized."
+PREFIX = "qdqtool.quantized."
+"""Before the names of the second model where two are joined."""
 
 
 def cumulative(
@@ -60,8 +61,8 @@ def local(
         except (RuntimeError, onnx.onnx_cpp2py_export.version_converter.ConvertError):
             return {}
     computed = _computed(quantized, pairs)
-    wanted = [*computed.values(), *(_PREFIX + name for name in computed)]
-    both = observe.with_outputs(_joined(reference, quantized, computed), wanted)
+    wanted = [*computed.values(), *(PREFIX + name for name in computed)]
+    both = observe.with_outputs(joined(reference, quantized, computed), wanted)
     active = runtime.session(both, provider=provider, optimize=False)
     sums = {name: Sqnr() for name in computed.values()}
     for batch in batches:
@@ -71,24 +72,30 @@ def local(
     return {name: s.db for name, s in sums.items()}
 
 
-def _joined(reference: onnx.ModelProto, quantized: onnx.ModelProto, computed: dict[str, str]) -> onnx.ModelProto:
-    """Both models as one, the quantized one's names prefixed; what both have, its nodes read from the float one."""
+def joined(reference: onnx.ModelProto, quantized: onnx.ModelProto, computed: Mapping[str, str]) -> onnx.ModelProto:
+    """Both models as one, the second one's names prefixed; what both have, its nodes read from the first one.
+
+    Args:
+        reference: the first model; neither has control-flow bodies.
+        quantized: the second model, whose opset serves both.
+        computed: name in the second model -> the first one's name of the same tensor.
+    """
     both = onnx.ModelProto(ir_version=quantized.ir_version, opset_import=quantized.opset_import)
     both.functions.extend(quantized.functions)
     both.graph.CopyFrom(reference.graph)
-    given = {value.name: value.name for value in quantized.graph.input} | computed
+    given = {value.name: value.name for value in quantized.graph.input} | dict(computed)
     for tensor in quantized.graph.initializer:
         both.graph.initializer.append(tensor)
-        both.graph.initializer[-1].name = _PREFIX + tensor.name
+        both.graph.initializer[-1].name = PREFIX + tensor.name
     for node in quantized.graph.node:
         copied = both.graph.node.add()
         copied.CopyFrom(node)
-        copied.name = _PREFIX + node.name if node.name else ""
+        copied.name = PREFIX + node.name if node.name else ""
         for index, name in enumerate(node.input):
             if name:
-                copied.input[index] = given.get(name, _PREFIX + name)
+                copied.input[index] = given.get(name, PREFIX + name)
         for index, name in enumerate(node.output):
-            copied.output[index] = _PREFIX + name if name else ""
+            copied.output[index] = PREFIX + name if name else ""
     return both
 
 

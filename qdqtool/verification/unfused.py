@@ -9,6 +9,8 @@ does not matter: the runtime rewrites them.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Final
 
 import numpy as np
 import onnx
@@ -21,35 +23,52 @@ _BITS = {"int8": 8, "uint8": 8, "int16": 16, "uint16": 16, "int4": 4, "uint4": 4
 _ABSORBED = frozenset({"Relu", "Clip"})
 _EPSILON = float(np.finfo(np.float32).eps)
 UNKNOWN = "the runtime left it float, and the graph does not tell why"
+_EIGHT: Final = "give it an 8-bit dtype with --tensor, or leave the node in float with --exclude"
+_ALONE: Final = "quantize what reads it too, or leave this node in float with --exclude"
+
+
+@dataclass(frozen=True)
+class Cause:
+    """Why a node runs in float, and what would change that."""
+
+    reason: str
+    remedy: str = ""
 
 
 def why_float(node: onnx.NodeProto, links: Links, rule: OpRule) -> str:
-    """The first reason that is found for a node of a quantized graph that runs in float after all.
+    """The reason of :func:`cause_of`, alone."""
+    return cause_of(node, links, rule).reason
+
+
+def cause_of(node: onnx.NodeProto, links: Links, rule: OpRule) -> Cause:
+    """The first cause that is found for a node of a quantized graph that runs in float after all.
 
     Args:
         node: the node as it is in the quantized graph.
         links: that graph.
         rule: how the target quantizes its operator.
     """
-    return next(_reasons(node, links, rule), UNKNOWN)
+    return next(_causes(node, links, rule), Cause(UNKNOWN))
 
 
-def _reasons(node: onnx.NodeProto, links: Links, rule: OpRule) -> Iterator[str]:
+def _causes(node: onnx.NodeProto, links: Links, rule: OpRule) -> Iterator[Cause]:
     bias = 2 if rule.weight and len(node.input) > 2 and node.input[2] else None
     read = [i for i in _operands(node, rule) if i != bias]
     for index in read:
         if links.dequantizer(node.input[index]) is None:
-            yield f"its input {node.input[index]!r} is not quantized"
+            yield Cause(f"its input {node.input[index]!r} is not quantized", "quantize what makes that input")
     for source in filter(None, (links.dequantizer(node.input[index]) for index in read)):
         if _BITS.get(_codes(source, links), 8) != 8:
-            yield f"its input {_named(source)!r} has {_codes(source, links)} codes; integer kernels take 8 bits"
+            reason = f"its input {_named(source)!r} has {_codes(source, links)} codes; integer kernels take 8 bits"
+            yield Cause(reason, _EIGHT)
     yield from _wrong_output(node, links, rule)
     if bias is not None:
         stored = links.dequantizer(node.input[bias])
         if stored is None:
-            yield f"its bias {node.input[bias]!r} is float"
+            yield Cause(f"its bias {node.input[bias]!r} is float", "quantize for a target whose biases are int32")
         elif _codes(stored, links) not in ("int32", ""):
-            yield f"its bias {_named(stored)!r} has {_codes(stored, links)} codes; integer kernels take int32"
+            reason = f"its bias {_named(stored)!r} has {_codes(stored, links)} codes; integer kernels take int32"
+            yield Cause(reason, "store it in int32, at the scales of activation and weight")
 
 
 def _operands(node: onnx.NodeProto, rule: OpRule) -> list[int]:
@@ -73,7 +92,7 @@ def _named(conversion: onnx.NodeProto) -> str:
     return str(conversion.input[0]).removesuffix("_quantized")
 
 
-def _wrong_output(node: onnx.NodeProto, links: Links, rule: OpRule) -> Iterator[str]:
+def _wrong_output(node: onnx.NodeProto, links: Links, rule: OpRule) -> Iterator[Cause]:
     for output in filter(None, node.output):
         behind = _behind(output, links)
         tensor = output if behind is None else behind.output[0]
@@ -82,16 +101,22 @@ def _wrong_output(node: onnx.NodeProto, links: Links, rule: OpRule) -> Iterator[
         others = [f"{r.op_type} {r.name!r}" for r in readers if r not in quantizers]
         if not quantizers:
             if rule.output is not Emit.WANTED:
-                yield f"its output {tensor!r} is not quantized, and its integer kernel puts out integers alone"
+                reason = f"its output {tensor!r} is not quantized, and its integer kernel puts out integers alone"
+                yield Cause(reason, _ALONE)
             continue
         if others or tensor in links.outputs:
-            yield f"its output {tensor!r} is read in float too, by {others[0] if others else 'who runs the model'}"
+            reader = others[0] if others else "who runs the model"
+            yield Cause(f"its output {tensor!r} is read in float too, by {reader}", _ALONE)
         if behind is not None and not _redundant(behind, quantizers[0], links):
-            yield f"{behind.op_type} {behind.name!r} behind it stays, because codes of {tensor!r} go beyond its limits"
+            reason = (
+                f"{behind.op_type} {behind.name!r} behind it stays, because codes of {tensor!r} go beyond its limits"
+            )
+            yield Cause(reason, "quantize that tensor asymmetrically, its least code at the lower limit")
         if _BITS.get(_codes(quantizers[0], links), 8) != 8:
-            yield f"its output {tensor!r} has {_codes(quantizers[0], links)} codes; integer kernels put out 8 bits"
+            reason = f"its output {tensor!r} has {_codes(quantizers[0], links)} codes; integer kernels put out 8 bits"
+            yield Cause(reason, _EIGHT)
         if rule.output is Emit.SAME and not _same_scale(node, quantizers[0], links):
-            yield "its output has another scale than its input"
+            yield Cause("its output has another scale than its input", "give both the same range with --tensor")
 
 
 def _behind(output: str, links: Links) -> onnx.NodeProto | None:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,11 +13,13 @@ import onnx
 import pytest
 from onnx import numpy_helper
 
+import qdqtool
 from qdqtool.data.fit import Feeds
 from qdqtool.data.source import open_data
 from qdqtool.errors import DataError, RecipeError
 from qdqtool.graphs import model as models
-from qdqtool.verification.comparison import Comparison, compare, find_metric
+from qdqtool.verification.comparison import Comparison, compare
+from qdqtool.verification.metric import find_metric
 from qdqtool.verification.sqnr import Sqnr
 
 Array = npt.NDArray[Any]
@@ -215,3 +218,18 @@ def test_labels_that_are_missing_or_too_few() -> None:
         compared(FLOAT, FLOAT, metric="top1")
     with pytest.raises(DataError, match="there are 39 labels for 40 samples; metric 'top1' needs one each"):
         compared(FLOAT, FLOAT, metric="top1", labels=np.zeros(39, np.int64))
+
+
+@pytest.mark.zoo
+@pytest.mark.slow
+def test_accuracy_three_ways_on_real_models(real_model: Path, any_data: Callable[[Path], Any]) -> None:
+    """Float, emulated and fused, models with recurrent layers and control-flow bodies included."""
+    source = any_data(real_model)
+    done = qdqtool.quantize(
+        real_model, source, target="cpu", provider="cpu", bias_correction=False, calibrator="minmax"
+    )
+    found = compare(real_model, done.model, open_data(source, models.inputs(models.load(real_model))))
+    assert found.fused.keys() == found.emulated.keys() == found.apart.keys()
+    assert found.samples == 2
+    assert found.worst_db > 5
+    assert not any(math.isnan(value) for value in (*found.fused.values(), *found.emulated.values()))

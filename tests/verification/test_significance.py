@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from qdqtool.verification.significance import paired
+from qdqtool.verification.significance import paired, resampled
 
 
 def hits(rng: np.random.Generator, both: int, first: int, second: int, none: int) -> tuple[np.ndarray, np.ndarray]:
@@ -20,6 +20,7 @@ def test_right_or_wrong_is_mcnemar(first: int, second: int, p: float | None) -> 
     found = paired(*hits(np.random.default_rng(0), 200, first, second, 50))
     assert found.value == pytest.approx(100 * (second - first) / (250 + first + second))
     assert found.p == pytest.approx(p if p is not None else stats.binomtest(second, first + second).pvalue)
+    assert found.p is not None
     assert found.significant == (found.p < 0.05)
     assert found.lo <= found.value <= found.hi
 
@@ -50,3 +51,34 @@ def test_the_interval_covers_the_truth() -> None:
 
 def test_one_sample_tells_nothing() -> None:
     assert paired(np.array([1.0]), np.array([2.5])).p == 1.0
+
+
+# Metrics that are one number
+
+
+def _spread(values: np.ndarray) -> float:
+    return float(np.ptp(values))
+
+
+def test_a_metric_of_one_number_gets_an_interval_by_drawing_samples() -> None:
+    rng = np.random.default_rng(1)
+    first = rng.standard_normal(400)
+    second = first + 0.5 + 0.1 * rng.standard_normal(400)
+    found = resampled(lambda i: (float(np.median(first[i])), float(np.median(second[i]))), 400, 200)
+    assert found is not None
+    assert found.p is None
+    assert found.lo < 0.5 < found.hi
+    assert found.value == pytest.approx(np.median(second) - np.median(first))
+    assert found.significant
+    assert 0 < found.hi - found.lo < 0.3
+
+
+def test_equal_models_differ_by_nothing() -> None:
+    values = np.random.default_rng(2).standard_normal(50)
+    found = resampled(lambda i: (_spread(values[i]), _spread(values[i])), 50, 20)
+    assert found is not None
+    assert (found.value, found.lo, found.hi, found.significant) == (0.0, 0.0, 0.0, False)
+
+
+def test_a_metric_that_fails_on_most_draws_has_no_interval() -> None:
+    assert resampled(lambda i: (np.nan, 1.0), 10, 20) is None
