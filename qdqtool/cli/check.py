@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import click
 
-from qdqtool.cli.options import PROVIDERS, Command, option, say
+from qdqtool.cli.options import PROVIDERS, REPORT, Command, option, say, wrote
 
 if TYPE_CHECKING:
     import onnx
@@ -56,6 +56,7 @@ class _Baseline:
 @option("--select", multiple=True, metavar="RULE,...", help="Only these rules, by id or name (repeatable).")
 @option("--ignore", multiple=True, metavar="RULE,...", help="Not these rules (repeatable).")
 @option("--rules", "list_rules", is_flag=True, help="List the rules instead.")
+@REPORT
 @option("-q", "--quiet", is_flag=True, help="Print errors and machine formats only.")
 @_mending("--fix", "mend", is_flag=True, help="Mend what can be without changing outputs; needs -o or --in-place.")
 @_mending("-o", "--output", type=_PATH, metavar="FILE", help="Where the mended model goes.")
@@ -70,7 +71,7 @@ class _Baseline:
 @_baseline("--max-sqnr-drop", type=float, default=1.0, metavar="DB", help="[default: 1]")
 @_baseline("--max-score-drop", type=float, default=0.5, metavar="N", help="In the metric's own units. [default: 0.5]")
 @_baseline("--max-latency-increase", type=float, default=0.2, metavar="SHARE", help="Of the ratio. [default: 0.2]")
-def check(files: tuple[str, ...], form: str, list_rules: bool, **given: Any) -> None:
+def check(files: tuple[str, ...], form: str, list_rules: bool, report: Path | None, **given: Any) -> None:
     """Check quantized MODELs against what ONNX and their target ask of Q/DQ graphs.
 
     Exit status: 0 no errors, 1 findings of severity error or a broken baseline, 2 wrong usage or input. Machine
@@ -80,7 +81,8 @@ def check(files: tuple[str, ...], form: str, list_rules: bool, **given: Any) -> 
     from qdqtool.lint import rules as catalogue
     from qdqtool.lint import text
     from qdqtool.lint.findings import Severity
-    from qdqtool.report import terminal
+    from qdqtool.report import folder, terminal
+    from qdqtool.report.files import check_folder
 
     select, ignore = (_split(given.pop(name)) for name in ("select", "ignore"))
     rules = catalogue.chosen(select, ignore)
@@ -89,8 +91,12 @@ def check(files: tuple[str, ...], form: str, list_rules: bool, **given: Any) -> 
         return
     options = _Baseline(**{name: given.pop(name) for name in _Baseline.__dataclass_fields__})
     _refuse(files, options, **given)
+    if report is not None:
+        check_folder(report)
     checked = [_check(path, rules, options, **given) for path in files]
     _show(checked, rules, form, quiet=given["quiet"])
+    if report is not None:
+        wrote(folder.checked(report, checked, rules), quiet=given["quiet"])
     errors = sum(one.count(Severity.ERROR) for one in checked)
     if errors:
         bad = [one.path for one in checked if one.count(Severity.ERROR)]

@@ -5,9 +5,6 @@ Exit status 0: done, 1: a gate failed, 2: wrong usage or input, 130: interrupted
 
 from __future__ import annotations
 
-import contextlib
-import json
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
@@ -22,7 +19,9 @@ from qdqtool.cli.observe import cache, merge, observe
 from qdqtool.cli.options import (
     OBSERVE_OPTIONS,
     RECIPE_OPTIONS,
+    REPORT,
     RUN_OPTIONS,
+    Command,
     Main,
     make_recipe,
     observing,
@@ -30,14 +29,12 @@ from qdqtool.cli.options import (
     say,
     warn_of_synthetic_data,
 )
+from qdqtool.cli.repair import repair
+from qdqtool.cli.search import search
+from qdqtool.cli.validate import compared, embedded, opened, show, validate
 
 if TYPE_CHECKING:
-    import onnx
-    from rich.console import RenderableType
-
-    from qdqtool.data.source import Data
     from qdqtool.recipe import Recipe
-    from qdqtool.verification.comparison import Comparison
 
 _CUDA_HINT: Final = (
     "No --target was given: the file is made for CUDA and TensorRT, and is slower than float on a CPU. "
@@ -49,7 +46,7 @@ _PATH: Final = click.Path(path_type=Path)
 
 @dataclass(frozen=True)
 class _Call:
-    """What ``quantize`` and ``validate`` are told beside the recipe."""
+    """What ``quantize`` is told beside the recipe."""
 
     model: str
     provider: str
@@ -57,12 +54,12 @@ class _Call:
     quiet: bool
     evaluation: str | None
     metric: str | None
-    data: str | None = None
-    statistics: str | None = None
-    output: Path | None = None
-    report: Path | None = None
-    save_each: Path | None = None
-    verbose: bool = False
+    data: str | None
+    statistics: str | None
+    output: Path | None
+    report: Path | None
+    save_each: Path | None
+    verbose: bool
 
     @property
     def target_file(self) -> Path:
@@ -95,7 +92,7 @@ def main() -> None:
 @option("--eval", "evaluation", metavar="PATH", help="Compare both models on these data too.")
 @option("--metric", metavar="NAME", help="top1, top5 or package.module:function, on --eval data with 'labels'.")
 @option("--dry-run", is_flag=True, help="Show the plan, and what is left out and why; needs no data.")
-@option("--report", "report", type=_PATH, metavar="DIR", help="Write the result there as report.json.")
+@REPORT
 @option("--save-each", type=_PATH, metavar="DIR", help="Save the model after each pass as NN-pass-name.onnx.")
 @RUN_OPTIONS
 @option("-v", "--verbose", is_flag=True, help="Also list ranges, parts of the file and passes.")
@@ -108,7 +105,7 @@ def quantize(recipe_file: str | None, dry_run: bool, **given: Any) -> None:
     """
     from qdqtool.report import files
 
-    call = _Call(**{field.name: given.pop(field.name) for field in fields(_Call) if field.name in given})
+    call = _Call(**{field.name: given.pop(field.name) for field in fields(_Call)})
     if call.metric is not None and call.evaluation is None:
         raise click.UsageError("--metric needs --eval, the data to measure it on.")
     how = observing({name: given.pop(name) for name in ("memory", "engine", "address", "cache")})
@@ -132,12 +129,17 @@ def quantize(recipe_file: str | None, dry_run: bool, **given: Any) -> None:
 def _quantize(call: _Call, recipe: Recipe, how: dict[str, Any]) -> None:
     from qdqtool import pipeline
     from qdqtool.errors import QdqError
-    from qdqtool.report import files, terminal
+    from qdqtool.report import files, folder, terminal
+    from qdqtool.report.page_data import Keeper, with_tensors
     from qdqtool.report.progress import progress_bar
 
     _advise(call, recipe)
     output, callback = call.target_file, None if call.save_each is None else files.save_each(call.save_each)
-    with _evaluation(call, recipe) as data, progress_bar(quiet=call.quiet) as bar:
+    keeper = None if call.report is None else Keeper(callback)
+    with (
+        opened(call.model, call.evaluation, call.metric, recipe) as data,
+        progress_bar(quiet=call.quiet) as bar,
+    ):
         result = pipeline.quantize(
             call.model,
             call.data,
@@ -146,27 +148,31 @@ def _quantize(call: _Call, recipe: Recipe, how: dict[str, Any]) -> None:
             provider=call.provider,
             progress=bar,
             told=None if call.quiet else say,
-            callback=callback,
+            callback=keeper or callback,
             **how,
         )
         result.save(output)
         report = result.report
         if call.quiet and report.synthetic:  # else the report says so
             warn_of_synthetic_data()
-        if data is not None:
+        if data is not None and call.evaluation is not None:
             try:
-                report = replace(report, evaluation=_compare(call, result.model, data, progress=bar))
+                by: dict[str, Any] = {"path": call.evaluation, "metric": call.metric, "provider": call.provider}
+                report = replace(report, evaluation=compared(call.model, result.model, data, progress=bar, **by))
             except QdqError as error:
                 raise QdqError(f"{output} was written, but its evaluation failed: {error}") from error
     written = [str(output)]
-    if call.report is not None:
-        written.append(str(files.write_text(f"{report.to_json()}\n", call.report / "report.json")))
-    _show(
-        call,
+    if call.report is not None and keeper is not None and keeper.state is not None:
+        report = with_tensors(keeper.state, report, result.model)
+        names = {"source": call.model, "output": str(output)}
+        written += map(str, folder.quantized(call.report, keeper.state, report, result.model, **names))
+    show(
         report.to_json,
         lambda: terminal.quantization(
             report, source=call.model, output=str(output), written=written, verbose=call.verbose
         ),
+        as_json=call.as_json,
+        quiet=call.quiet,
     )
 
 
@@ -179,104 +185,20 @@ def _show_plan(call: _Call, recipe: Recipe) -> None:
     state, timings = pipeline.dry_run(call.model, recipe=recipe, callback=callback)
     if call.report is not None:
         files.write_text(f"{machine.plan_json(state, timings)}\n", call.report / "plan.json")
-    _show(
-        call,
+    show(
         lambda: machine.plan_json(state, timings),
         lambda: terminal.plan(state, source=call.model, verbose=call.verbose),
+        as_json=call.as_json,
+        quiet=call.quiet,
     )
 
 
-@main.command(
-    examples=(
-        "qdqtool validate model.onnx model.qdq.onnx --data eval.npz",
-        "qdqtool validate model.onnx model.qdq.onnx --data eval.npz --metric top1 --max-drop 0.5",
-        "qdqtool validate model.onnx model.qdq.onnx --data eval.npz --json > validation.json",
-    )
-)
-@click.argument("model")
-@click.argument("quantized")
-@option(
-    "--data", "evaluation", required=True, metavar="PATH", help="Samples to run both on, with 'labels' for --metric."
-)
-@option("--metric", metavar="NAME", help="top1, top5 or package.module:function (f(outputs, labels) -> score).")
-@option("--tensors/--no-tensors", default=True, help="Also compare tensors in between. [default: yes]")
-@option("--min-sqnr", type=float, metavar="DB", help="Gate: exit status 1 where an output is below it.")
-@option("--max-drop", type=float, metavar="X", help="Gate: ... where the metric loses more, in its own units.")
-@option("--min-agreement", type=float, metavar="SHARE", help="Gate: ... where both agree on fewer samples, 0 to 1.")
-@RUN_OPTIONS
-def validate(
-    quantized: str,
-    tensors: bool,
-    min_sqnr: float | None,
-    max_drop: float | None,
-    min_agreement: float | None,
-    **given: Any,
-) -> None:
-    """Compare QUANTIZED with the float MODEL on evaluation data.
-
-    Shows the SQNR of outputs, fused and emulated, how often both agree, the task's score with the interval of its
-    difference, and which tensor loses how much: alone, and with all that comes before it.
-    """
-    from qdqtool.graphs import model as models
-    from qdqtool.report import machine, terminal
-    from qdqtool.report.progress import progress_bar
-
-    call = _Call(**given)
-    if max_drop is not None and call.metric is None:
-        raise click.UsageError("--max-drop is a loss of a metric; name one with --metric")
-    proto = models.load(quantized)
-    with _evaluation(call, _embedded(proto)) as data, progress_bar(quiet=call.quiet) as bar:
-        assert data is not None
-        found = _compare(call, proto, data, progress=bar, tensors=tensors)
-    _show(
-        call,
-        lambda: machine.to_json(found),
-        lambda: terminal.comparison(found, reference=call.model, quantized=quantized),
-    )
-    found.gate(min_sqnr=min_sqnr, max_drop=max_drop, min_agreement=min_agreement)
-
-
-@contextlib.contextmanager
-def _evaluation(call: _Call, recipe: Recipe | None) -> Iterator[Data | None]:
-    """The open evaluation data; metric and labels are checked at once, so that a mistake costs no calibration."""
-    if call.evaluation is None:
-        yield None
-        return
-    from qdqtool.data.source import load_labels, open_data
-    from qdqtool.errors import DataError
-    from qdqtool.graphs import model as models
-    from qdqtool.verification.comparison import find_metric
-
-    if call.metric is not None:
-        find_metric(call.metric)
-        if load_labels(call.evaluation) is None:
-            raise DataError(
-                f"metric {call.metric!r} needs labels: {call.evaluation} must be an .npz with the inputs by name "
-                f"and the key 'labels', one a sample"
-            )
-    inputs = models.inputs(models.load(call.model))
-    with open_data(call.evaluation, inputs, images=None if recipe is None else recipe.images) as data:
-        yield data
-
-
-def _compare(call: _Call, quantized: onnx.ModelProto, data: Data, **options: Any) -> Comparison:
-    from qdqtool import runtime
-    from qdqtool.data.source import load_labels
-    from qdqtool.graphs import model as models
-    from qdqtool.verification.comparison import compare as run
-
-    provider, _ = runtime.resolve_provider(call.provider)  # the figures are shown with their provider anyway
-    labels = None if call.metric is None else load_labels(call.evaluation)
-    return run(
-        models.load(call.model), quantized, data, labels=labels, metric=call.metric, provider=provider, **options
-    )
-
-
-@main.command(
+@click.command(
+    cls=Command,
     examples=(
         "qdqtool recipe model.qdq.onnx > recipe.toml",
         "qdqtool quantize other.onnx --data calib.npz --recipe recipe.toml",
-    )
+    ),
 )
 @click.argument("model")
 def recipe(model: str) -> None:
@@ -287,20 +209,10 @@ def recipe(model: str) -> None:
     from qdqtool.errors import ModelError
     from qdqtool.graphs import model as models
 
-    found = _embedded(models.load(model))
+    found = embedded(models.load(model))
     if found is None:
         raise ModelError(f"{model} holds no recipe: it was not made by qdqtool, or its metadata were removed since")
     click.echo(found.to_toml(), nl=False)
-
-
-def _embedded(proto: onnx.ModelProto) -> Recipe | None:
-    """The recipe in a model's metadata; None where there is none."""
-    from qdqtool.graphs import model as models
-    from qdqtool.pipeline import RECIPE_KEY
-    from qdqtool.recipe import Recipe
-
-    text = models.metadata(proto).get(RECIPE_KEY)
-    return None if text is None else Recipe.of(json.loads(text))
 
 
 def _advise(call: _Call, recipe: Recipe) -> None:
@@ -314,15 +226,5 @@ def _advise(call: _Call, recipe: Recipe) -> None:
         click.secho(_CUDA_HINT, fg="yellow", err=True)
 
 
-def _show(call: _Call, as_json: Callable[[], str], page: Callable[[], RenderableType]) -> None:
-    """JSON alone on stdout where it is asked for, and the page for people, on stderr then."""
-    if call.as_json:
-        click.echo(as_json())
-    if not call.quiet:
-        from qdqtool.report import terminal
-
-        terminal.console(stderr=call.as_json).print(page())
-
-
-for command in (check, bench, observe, merge, cache, passes, calibrators, targets):
+for command in (search, validate, repair, recipe, check, bench, observe, merge, cache, passes, calibrators, targets):
     main.add_command(command)

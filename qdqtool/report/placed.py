@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 from rich.console import RenderableType
 from rich.text import Text
@@ -11,15 +12,21 @@ from rich.text import Text
 from qdqtool.graphs.macs import Macs
 from qdqtool.planning.target import Target, known_target
 from qdqtool.planning.target_file import resolve
-from qdqtool.report.layout import by_reason, head, operators
+from qdqtool.report.layout import by_reason, head, more, operators
 from qdqtool.report.values import Report
 from qdqtool.runtime import PROVIDERS
-from qdqtool.units import count, listed, quantity
+from qdqtool.units import count, listed, percent, quantity
+from qdqtool.verification.listing import Fate, Placed, counts
 from qdqtool.verification.partition import Partition
 from qdqtool.verification.placement import Placement, is_integer_kernel
 
 _ALSO: Mapping[str, tuple[str, ...]] = {"cuda": ("tensorrt",)}
 """Providers on which figures of a target's file are its own, beside the provider that it is made for."""
+
+
+_NAMES = re.compile(r"'[^']*'")
+REASONS = 12
+"""Reasons listed before the rest is only counted."""
 
 
 def target_of(recipe: Mapping[str, object]) -> Target:
@@ -55,12 +62,41 @@ def integers(report: Report) -> list[RenderableType]:
     return [*parts, *_work(report.macs), *_partition(report.partition)]
 
 
+def listed_rows(rows: Sequence[Placed]) -> list[RenderableType]:
+    """Every node and Q/DQ pair: how many run where, and those that are no integer kernel by reason, with the remedy."""
+    parts: list[RenderableType] = []
+    for kind, states in counts(rows).items():
+        if states:
+            line = ", ".join(f"{number} {state}" for state, number in sorted(states.items(), key=lambda item: -item[1]))
+            title = {"node": "Where nodes run", "pair": "Where Q/DQ pairs went"}[kind]
+            groups = sorted(_reasons(row for row in rows if row.kind == kind).items(), key=lambda item: -len(item[1]))
+            parts += [head(title, line), by_reason(dict(groups[:REASONS]))]
+            parts += more(len(groups) - REASONS, "reason", "--json lists all")
+    return parts
+
+
+def _reasons(rows: Iterable[Placed]) -> dict[str, list[str]]:
+    """Reason and remedy, without the names in them -> the rows that they are of."""
+    groups: dict[str, list[str]] = {}
+    for row in rows:
+        if row.state != Fate.INTEGER:
+            remedy = f"; to change it, {row.remedy}" if row.remedy else ""
+            reason = f"{row.state}, {row.provider.removesuffix('ExecutionProvider')}: {row.reason}{remedy}"
+            groups.setdefault(_NAMES.sub("...", reason), []).append(row.name or f"a {row.operator} without a name")
+    return groups
+
+
 def _work(macs: Macs | None) -> list[RenderableType]:
     """How much of the arithmetic the integer kernels do."""
     if macs is None or not macs.total:
         return []
     missing = f"; {count(len(macs.unknown), 'layer')} of unknown shape left out" if macs.unknown else ""
-    return [Text(f"  {macs.share:.1%} of {quantity(macs.total)} multiply-accumulates a sample{missing}", style="dim")]
+    return [
+        Text(
+            f"  {percent(100 * macs.share)} of {quantity(macs.total)} multiply-accumulates a sample{missing}",
+            style="dim",
+        )
+    ]
 
 
 def _unverified(target: Target, report: Report) -> str:

@@ -17,15 +17,16 @@ from qdqtool.planning.plan import DerivedFrom, Entry, SharedWith
 from qdqtool.planning.precision import INTEGER_PRECISIONS
 from qdqtool.report import calibration
 from qdqtool.report.layout import by_reason, grid, head, more, operators
-from qdqtool.report.placed import fits, integers, target_of
+from qdqtool.report.placed import fits, integers, listed_rows, target_of
 from qdqtool.report.values import Report
 from qdqtool.units import count, db, duration, percent, size
 from qdqtool.verification.comparison import Comparison
+from qdqtool.verification.significance import Difference
 
 OUTPUTS = 8
 """Outputs and tensors listed before the rest is only counted."""
 PLAN_ROWS = 40
-_PLANNERS = frozenset({"plan", "plan-weights", "scale-weights", "convert-float16"})
+PLANNERS = frozenset({"plan", "plan-weights", "scale-weights", "convert-float16"})
 """Passes that decide what stays float."""
 _PERCENT = frozenset({"top1", "top5"})
 _ROLE = re.compile(r":\w+:`~?([^`]*)`|``([^`]*)``")
@@ -57,7 +58,17 @@ def quantization(
         *integers(report),
         *stayed_float(report.skipped, {*report.layers} - {*report.weight_only}),
         *_notes(report.notes),
-        *((*_adequacy(report), *_ranges(report), *_bytes(report), *_passes(report.timings)) if verbose else ()),
+        *(
+            (
+                *listed_rows(report.listing),
+                *_adequacy(report),
+                *_ranges(report),
+                *_bytes(report),
+                *_passes(report.timings),
+            )
+            if verbose
+            else ()
+        ),
         Text(""),
         _times(report.timings),
         *([Text(f"Wrote {', '.join(written)}", style="bold green")] if written else []),
@@ -180,26 +191,33 @@ def _sqnr(rows: Sequence[tuple[str, Comparison]], provider: str) -> list[Rendera
 
 def _score(found: Comparison) -> list[RenderableType]:
     table = Table.grid(padding=(0, 2), pad_edge=True)
-    for justify in ("left", "right", "right", "right"):
+    for justify in ("left", "right", "right", "right", "right"):
         table.add_column(justify=justify)
     if found.metric is not None and found.float_score is not None and found.quantized_score is not None:
         difference = round(found.quantized_score - found.float_score, 6) + 0.0  # no -0.00
         is_share = found.metric in _PERCENT
         form = percent if is_share else "{:.4g}".format
-        table.add_row(*(Text(title, style="dim") for title in ("task", "float", "quantized", "difference")))
+        emulated = "" if found.emulated_score is None else form(found.emulated_score)
+        table.add_row(*(Text(title, style="dim") for title in ("task", "float", "emulated", "fused", "fused - float")))
         table.add_row(
-            Text(found.metric), form(found.float_score), form(found.quantized_score),
+            Text(found.metric), form(found.float_score), emulated, form(found.quantized_score),
             f"{difference:+.2f} points" if is_share else f"{difference:+.4g}",
         )  # fmt: skip
     parts: list[RenderableType] = [Text(""), table] if table.row_count else []
     if found.difference is not None and found.difference.value:
-        chance = "more than chance" if found.difference.significant else "may be chance"
-        interval = f"{found.difference.lo:+.2f} to {found.difference.hi:+.2f}"
-        parts.append(Text(f"  95 % interval {interval}, p = {found.difference.p:.3f}: {chance}", style="dim"))
+        parts.append(Text(f"  {_interval(found.difference)}", style="dim"))
+    elif found.difference is None and found.float_score is not None:
+        parts.append(Text("  one number over all samples: no interval of the difference", style="dim"))
     if found.agreement is not None:
         share = f"  agreement {percent(100 * found.agreement)} of {count(found.samples, 'sample')}"
         parts.append(Text.assemble(share, ("  (greatest entry of the first output at the same place)", "dim")))
     return parts
+
+
+def _interval(found: Difference) -> str:
+    chance = "more than chance" if found.significant else "may be chance"
+    p = ", samples drawn anew" if found.p is None else f", p = {found.p:.3f}"
+    return f"95 % interval {found.lo:+.2g} to {found.hi:+.2g}{p}: {chance}"
 
 
 def stayed_float(skipped: Iterable[Skip], integers: Iterable[str]) -> list[RenderableType]:
@@ -208,7 +226,7 @@ def stayed_float(skipped: Iterable[Skip], integers: Iterable[str]) -> list[Rende
     parts: list[RenderableType] = []
     groups: dict[bool, dict[str, list[str]]] = {True: {}, False: {}}
     for skip in skipped:
-        planned = skip.pass_name in _PLANNERS
+        planned = skip.pass_name in PLANNERS
         if not (planned and skip.node in done):
             reason = skip.reason if planned else f"{skip.pass_name}: {skip.reason}"
             groups[planned].setdefault(reason, []).append(skip.node)
@@ -238,7 +256,7 @@ def _ranges(report: Report) -> list[RenderableType]:
     table.add_row(*(Text(t, style="dim") for t in ("tensor", "codes", "range", "observed", "by")))
     for item in report.tensors:
         seen = "" if item.observed is None else f"[{item.observed[0]:.4g}, {item.observed[1]:.4g}]"
-        table.add_row(Text(item.tensor), item.spec, Text(f"[{item.lo:.4g}, {item.hi:.4g}]"), Text(seen), item.method)
+        table.add_row(Text(item.tensor), item.codes, Text(f"[{item.lo:.4g}, {item.hi:.4g}]"), Text(seen), item.method)
     return [head("Ranges", f"{count(len(report.tensors), 'tensor')}, in the units of the model's own values"), table]
 
 

@@ -20,6 +20,7 @@ from qdqtool.passes_api import Skip, State, Timing
 from qdqtool.planning.plan import params_of
 from qdqtool.statistics.adequacy import Adequacy, assess
 from qdqtool.verification.comparison import Comparison
+from qdqtool.verification.listing import Placed
 from qdqtool.verification.partition import Partition
 from qdqtool.verification.placement import Placement, is_integer_kernel
 
@@ -37,6 +38,8 @@ class QuantizedTensor:
         lo, hi: ends of the range (of all channels together).
         observed: least and greatest value seen, where it was observed.
         expected_errors: expected squared error of each calibrator, where one chose among others.
+        bits: of a code, on average where channels differ.
+        channel_bits: of each channel, where they differ.
     """
 
     key: str
@@ -48,6 +51,15 @@ class QuantizedTensor:
     hi: float
     observed: tuple[float, float] | None = None
     expected_errors: Mapping[str, float] = field(default_factory=dict)
+    bits: float = 8
+    channel_bits: tuple[int, ...] = ()
+
+    @property
+    def codes(self) -> str:
+        """Type, symmetry, granularity and, where channels differ, bits in words."""
+        if not self.channel_bits:
+            return self.spec
+        return f"{self.spec}, {self.bits:.3g} bits on average ({min(self.channel_bits)} to {max(self.channel_bits)})"
 
 
 @dataclass(frozen=True)
@@ -85,6 +97,8 @@ class Report:
     """What became of each planned node; None where the runtime that the file is made for is not here."""
     partition: Partition | None = field(default=None)
     """Which execution provider runs which node; None where all ran on the CPU."""
+    listing: tuple[Placed, ...] = field(default=())
+    """Where every node and every Q/DQ pair of the quantized model runs, why, and what would change it."""
 
     macs: Macs | None = field(default=None)
     """The work of each layer, and which of them do it in integers."""
@@ -144,6 +158,7 @@ def make_report(state: State, proto: onnx.ModelProto, timings: tuple[Timing, ...
         placement=state.placement,
         macs=_macs(state, proto),
         partition=state.partition,
+        listing=state.listing,
     )
 
 
@@ -185,6 +200,8 @@ def _tensors(state: State) -> list[QuantizedTensor]:
                 hi=float(chosen.hi.max()),
                 observed=None if stats is None or key in state.plan.constants else (stats.lo, stats.hi),
                 expected_errors=state.compared.get(key, {}),
+                bits=params.mean_bits,
+                channel_bits=() if params.channel_bits is None else tuple(params.channel_bits.tolist()),
             )
         )
     return found

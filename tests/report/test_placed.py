@@ -14,6 +14,7 @@ from qdqtool.planning.target import TARGETS
 from qdqtool.report import placed
 from qdqtool.report.values import Report, Sizes
 from qdqtool.verification.comparison import Comparison
+from qdqtool.verification.listing import Placed
 from qdqtool.verification.partition import Partition
 from qdqtool.verification.placement import Placement
 
@@ -107,3 +108,17 @@ def test_what_fell_to_the_cpu() -> None:
 )
 def test_on_which_provider_figures_are_a_target_s(target: str, provider: str, fits: bool) -> None:
     assert placed.fits(TARGETS[target], provider) is fits
+
+
+def test_rows_with_the_same_reason_are_one_line() -> None:
+    rows = [Placed("a", "node", "Conv", "integer", "QLinearConv", "CPUExecutionProvider")]
+    for name in ("b", "c"):
+        reason = f"its input '{name}_in' is not quantized"
+        rows.append(Placed(name, "node", "Add", "float", "Add", "CPUExecutionProvider", reason, "quantize it"))
+    stream = io.StringIO()
+    Console(file=stream, width=120).print(Group(*placed.listed_rows(rows)))
+    shown = stream.getvalue()
+    assert "Where nodes run  2 float, 1 integer" in shown
+    assert "2  float, CPU: its input ... is not quantized; to change it, quantize it" in shown
+    assert "b, c" in shown
+    assert "pairs" not in shown

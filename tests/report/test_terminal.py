@@ -90,7 +90,7 @@ def test_figures_of_another_provider_are_marked(target: str, provider: str, said
 
 def test_scores_have_the_metric_s_unit() -> None:
     found = Comparison(8, {"y": 30.0}, {"y": 30.0}, metric="top1", float_score=91.0, quantized_score=90.5)
-    assert "91.00 %" in page(evaluation=found)
+    assert "91.0 %" in page(evaluation=found)
     assert "-0.50 points" in page(evaluation=found)
     own = Comparison(8, {"y": 30.0}, {"y": 30.0}, metric="m:f", float_score=0.91, quantized_score=0.91)
     assert "+0\n" in page(evaluation=own)
