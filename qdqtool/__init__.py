@@ -11,9 +11,13 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from qdqtool.errors import QdqError
+    from qdqtool.mixed_precision.results import SearchResult
+    from qdqtool.mixed_precision.search import search
     from qdqtool.observation.calibration import Calibration
     from qdqtool.pipeline import Result, calibrate, dry_run, quantize
     from qdqtool.recipe import Recipe
+    from qdqtool.repairs.repairing import repair
+    from qdqtool.repairs.values import Repair
     from qdqtool.report.values import Report
     from qdqtool.verification.comparison import Comparison, compare
 
@@ -27,20 +31,28 @@ _HOMES = {
     "dry_run": "pipeline",
     "quantize": "pipeline",
     "Recipe": "recipe",
+    "Repair": "repairs.values",
     "Report": "report.values",
+    "repair": "repairs.repairing",
+    "SearchResult": "mixed_precision.results",
+    "search": "mixed_precision.search",
 }
 __all__ = [
     "Calibration",
     "Comparison",
     "QdqError",
     "Recipe",
+    "Repair",
     "Report",
     "Result",
+    "SearchResult",
     "__version__",
     "calibrate",
     "compare",
     "dry_run",
     "quantize",
+    "repair",
+    "search",
 ]
 
 

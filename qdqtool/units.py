@@ -15,7 +15,7 @@ def db(value: float) -> str:
 
 def percent(value: float) -> str:
     """A share given in percent."""
-    return f"{value:.2f} %"
+    return f"{value:.1f} %"
 
 
 def size(number: int) -> str:

@@ -79,6 +79,8 @@ def test_the_wheel_holds_every_module_under_one_name(wheel: Path) -> None:
     assert {name for name in files if name.endswith(".py")} == source_modules().keys()
     assert {name.split("/")[0] for name in files} == {"qdqtool"}
     assert "qdqtool/py.typed" in files
+    template = {path.name for path in (ROOT / "qdqtool/report/html/template").iterdir()}
+    assert {f"qdqtool/report/html/template/{name}" for name in template} <= files
 
 
 def test_the_wheel_says_what_it_is(wheel: Path) -> None:

@@ -33,4 +33,4 @@ def test_counts_and_lists() -> None:
     assert [count(1, "sample"), count(0, "sample"), count(2, "entry")] == ["1 sample", "0 samples", "2 entries"]
     assert listed(["a", "b"]) == "a, b"
     assert listed(["a", "b", "c", "d", "e"]) == "a, b, c and 2 more"
-    assert percent(99.798) == "99.80 %"
+    assert percent(99.798) == "99.8 %"
