@@ -12,7 +12,7 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
-from qdqtool import pipeline
+from qdqtool import chains, pipeline
 from qdqtool.data.source import open_data
 from qdqtool.graphs import model as models
 from qdqtool.passes import ChooseRanges, InsertQdq, Observe, PlanQuantization
@@ -45,7 +45,7 @@ def main() -> None:
         assert state.original is not None
         state.data = open_data(data, models.inputs(state.original))
         seconds = []
-        first: list[Pass] = [*pipeline.preparation(), PlanQuantization()]
+        first: list[Pass] = [*chains.preparation(), PlanQuantization()]
         for passes in (first, [Observe()], [ChooseRanges()], [InsertQdq()]):
             start = time.perf_counter()
             PassManager(passes).run(state, facts | frozenset(Fact))

@@ -17,9 +17,10 @@ import numpy as np
 import onnx_graphsurgeon as gs
 
 from qdqtool.graphs import graph as graphs
+from qdqtool.graphs.absorb import absorb
 from qdqtool.graphs.batchnorm import normalization, parameters
 from qdqtool.graphs.channels import ChannelMap, constant_operand
-from qdqtool.graphs.linear import LinearLayer, absorb, arithmetic
+from qdqtool.graphs.linear import LinearLayer, arithmetic
 from qdqtool.passes_api import GRAPH_FACTS, Fact, State
 
 

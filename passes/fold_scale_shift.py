@@ -14,8 +14,9 @@ import numpy as np
 import onnx_graphsurgeon as gs
 
 from qdqtool.graphs import graph as graphs
+from qdqtool.graphs.absorb import absorb
 from qdqtool.graphs.channels import ChannelMap, constant_operand, stored
-from qdqtool.graphs.linear import LinearLayer, absorb, arithmetic, replace_constant
+from qdqtool.graphs.linear import LinearLayer, arithmetic, replace_constant
 from qdqtool.passes_api import GRAPH_FACTS, Fact, State
 
 

@@ -1,4 +1,4 @@
-"""quantize(): the flow from float model to verified QDQ model as one list of passes."""
+"""quantize() and calibrate(): the model and its data opened, the passes of a recipe run, the result gathered."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 import onnx
 
 import qdqtool
-from qdqtool import registry, runtime
+from qdqtool import chains, registry, runtime
 from qdqtool.data.source import Data, open_data
 from qdqtool.errors import DataError, RecipeError
 from qdqtool.graphs import graph as graphs
@@ -25,52 +25,11 @@ from qdqtool.observation.collect import collect
 from qdqtool.observation.engine import Engine
 from qdqtool.observation.observe import Observing, Progress, Told
 from qdqtool.observation.sweeps import parse_bytes
-from qdqtool.passes import (
-    AddBias,
-    ChooseRanges,
-    ConvertFloat16,
-    CorrectBias,
-    CorrectBiasAnalytic,
-    CorrectWeights,
-    EqualizeLayers,
-    ExpandSwish,
-    FoldBatchnorm,
-    FoldConstants,
-    FoldInputScale,
-    FoldPad,
-    FoldScaleShift,
-    FuseGelu,
-    FuseHardSwish,
-    FuseLinearBias,
-    FuseNormalization,
-    GemmToMatmul,
-    InferShapes,
-    InlineBranches,
-    InsertQdq,
-    LeaveUnrun,
-    LiftConstants,
-    MergeMoves,
-    Observe,
-    PlanFloat16,
-    PlanQuantization,
-    PlanSmoothing,
-    PlanWeights,
-    PointwiseToGemm,
-    RaiseOpset,
-    RemoveIdentity,
-    RoundWeights,
-    ScalarOperands,
-    ScaleWeights,
-    SmoothActivations,
-    UseStatistics,
-    Verify,
-    WidenFloat16,
-)
-from qdqtool.passes_api import Callback, Fact, Pass, PassManager, State, Timing
+from qdqtool.passes_api import Callback, Fact, PassManager, State, Timing
 from qdqtool.planning.plan import Plan
 from qdqtool.planning.target import TARGETS, Target, target
 from qdqtool.planning.target_file import TargetSource, resolve
-from qdqtool.recipe import BASE_OPSET, Recipe
+from qdqtool.recipe import Recipe
 from qdqtool.report.values import Report, make_report
 
 RECIPE_KEY = "qdqtool.recipe"
@@ -97,118 +56,6 @@ class Result:
     def save(self, path: str | os.PathLike[str]) -> Path:
         """Write the model atomically; ModelError where that is not possible."""
         return models.save(self.model, path, external_data=self.recipe.external_data)
-
-
-def preparation(recipe: Recipe | None = None) -> list[Pass]:
-    """Passes that simplify and fuse the float graph; its outputs stay the same.
-
-    They do not depend on the recipe, so that statistics of the prepared graph serve every recipe and target; float16
-    alone becomes float32 only where activations are quantized, and layers are equalized where the recipe has it so.
-    """
-    widen: list[Pass] = [WidenFloat16()] if recipe is None or recipe.needs_data else []
-    equalize: list[Pass] = [EqualizeLayers()] if recipe is not None and recipe.equalized else []
-    return [
-        LiftConstants(),
-        # Some shapes are known only after a first folding; and the opset converter must know the axes to convert well.
-        InferShapes(),
-        ScalarOperands(),
-        FoldConstants(),
-        InferShapes(),
-        FoldConstants(),
-        InlineBranches(),
-        RaiseOpset(),
-        InferShapes(),
-        *widen,
-        RemoveIdentity(),
-        MergeMoves(),
-        # While their parts are there as they were written.
-        ExpandSwish(),
-        FuseGelu(),
-        FuseNormalization(),
-        FuseLinearBias(),
-        FoldBatchnorm(),
-        FuseHardSwish(),
-        FoldScaleShift(),
-        FoldInputScale(),
-        FoldPad(),
-        InferShapes(),
-        PointwiseToGemm(),
-        AddBias(),
-        *equalize,
-    ]
-
-
-def quantization(recipe: Recipe, *, given: str | None = None, data: bool = True) -> list[Pass]:
-    """Passes from the prepared float graph to the verified QDQ graph.
-
-    Args:
-        recipe: the user's choices.
-        given: name of the statistics that are given, or ""; None: activations are observed.
-        data: there are calibration data; without any, steps that need them are left out.
-    """
-    formats: list[Pass] = [RaiseOpset(recipe.min_opset), InferShapes()] if recipe.min_opset > BASE_OPSET else []
-    refine: list[Pass] = _correction(recipe, data=data) if recipe.bias_correction else []
-    observe: list[Pass] = [Observe() if given is None else UseStatistics(given)] if data or given is not None else []
-    if recipe.weight_bits is not None:
-        ranges: list[Pass] = [*([] if recipe.to_float16 else observe), ScaleWeights()]
-    else:
-        smooth: list[Pass] = [] if recipe.smoothing == "off" else [SmoothActivations()]
-        ranges = (
-            []
-            if recipe.to_float16
-            else [*observe, LeaveUnrun(), *smooth, ChooseRanges(), *_rounding(recipe, data=data)]
-        )
-    return [*planning(recipe, observe), *ranges, *formats, *refine, InsertQdq(), Verify()]
-
-
-def _correction(recipe: Recipe, *, data: bool) -> list[Pass]:
-    """The pass that corrects biases, where one can."""
-    if recipe.precision == "fp16":
-        return []
-    if recipe.bias_correction_method == "analytic" or (_analytic_alone(recipe) and not data):
-        return [CorrectBiasAnalytic()]
-    # Where weights alone are quantized, transformers are better off without the shifts that help others.
-    return [CorrectBias(checked=recipe.weight_bits is not None)] if data else []
-
-
-def _analytic_alone(recipe: Recipe) -> bool:
-    """Whether biases are corrected without data as far as can be."""
-    return recipe.weight_bits is None and recipe.bias_correction_method == "auto"
-
-
-def _rounding(recipe: Recipe, *, data: bool) -> list[Pass]:
-    """Passes that choose the codes of weights once their scales are there."""
-    method, few = recipe.rounding, recipe.weight_rounding == "auto"
-    asked: list[Pass] = []
-    if method == "stochastic" or (method in ("gptq", "adaround") and data):
-        asked = [RoundWeights(method, few, recipe.seed)]
-    return [*asked, *([CorrectWeights()] if recipe.weight_correction and recipe.few_bits else [])]
-
-
-def planning(recipe: Recipe, observe: Sequence[Pass] = ()) -> list[Pass]:
-    """Passes from the prepared float graph to the plan; ``observe`` gets what tells which activations fit float16."""
-    if recipe.needs_data:
-        return _plan(recipe)
-    half: list[Pass] = [*watching(recipe), *observe, ConvertFloat16()] if recipe.to_float16 else []
-    weights: list[Pass] = [] if recipe.weight_bits is None else [GemmToMatmul(), PlanWeights()]
-    return [*half, *weights]
-
-
-def watching(recipe: Recipe) -> list[Pass]:
-    """Passes from the prepared float graph to a plan that says which activations to observe.
-
-    Raises:
-        RecipeError: nothing is observed for the recipe's precision.
-    """
-    if recipe.to_float16:
-        return [PlanFloat16()]
-    if recipe.weight_bits is not None:
-        raise RecipeError(f"precision {recipe.precision} needs no range of an activation: leave statistics out")
-    return _plan(recipe)
-
-
-def _plan(recipe: Recipe) -> list[Pass]:
-    return [PlanQuantization(), *([] if recipe.smoothing == "off" else [PlanSmoothing()])]
 
 
 def quantize(
@@ -250,7 +97,7 @@ def quantize(
     """
     chosen = make_recipe(recipe, fields)
     if statistics is not None:
-        watching(chosen)
+        chains.watching(chosen)
     state, facts = load(model, chosen, provider)
     state.progress = progress
     state.observing, state.cache = _observing(memory, engine, told), _cache(cache)
@@ -261,8 +108,8 @@ def quantize(
         state.calibration, given = statistics_file.read(statistics), os.fspath(statistics)
     with _opened(data, state) as opened:
         state.data = opened
-        steps = quantization(chosen, given=given, data=opened is not None)
-        manager = PassManager([*preparation(chosen), *steps], callback)
+        steps = chains.quantization(chosen, given=given, data=opened is not None)
+        manager = PassManager([*chains.preparation(chosen), *steps], callback)
         timings = manager.run(state, facts if opened is None else facts | {Fact.DATA})
         return _result(state, timings)
 
@@ -302,7 +149,7 @@ def calibrate(
         QdqError: one of its kinds says what is wrong and what to do.
     """
     base = make_recipe(recipe, fields)
-    plan = watching(base)
+    plan = chains.watching(base)
     own = [base.target] if targets is None and isinstance(base.target, Target) else []
     wanted = [resolve(one) for one in (*(TARGETS if targets is None else targets), *own)]
     if not wanted:
@@ -311,7 +158,7 @@ def calibrate(
         raise DataError("observing needs calibration data: pass an .npz, a folder, arrays or an iterable of feeds")
     chosen = make_recipe(base, {"target": "cpu" if all(one.for_cpu for one in wanted) else "cuda"})
     state, facts = load(model, chosen, provider)
-    prepare = PassManager(preparation(chosen))
+    prepare = PassManager(chains.preparation(chosen))
     prepare.run(state, facts)
     facts = prepare.check(facts)
     tensors: dict[str, None] = {}
@@ -368,7 +215,7 @@ def dry_run(
     """Prepare the model and plan its quantization without data; the state holds plan, skipped candidates and notes."""
     chosen = make_recipe(recipe, fields)
     state, facts = load(model, chosen, "cpu")
-    timings = PassManager([*preparation(chosen), *planning(chosen)], callback).run(state, facts)
+    timings = PassManager([*chains.preparation(chosen), *chains.planning(chosen)], callback).run(state, facts)
     return state, timings
 
 
@@ -429,7 +276,7 @@ def _left_out(recipe: Recipe) -> list[str]:
     need = "data beside the statistics" if recipe.needs_data else "data"
     found = [f"not compared with the float model: that needs {need}; it was checked and loaded"]
     if recipe.bias_correction and recipe.precision != "fp16" and recipe.bias_correction_method != "analytic":
-        alone = _analytic_alone(recipe)
+        alone = chains.corrects_without_data(recipe)
         known = "corrected from BatchNormalization alone: more" if alone else "not corrected: that"
         found.append(f"biases were {known} needs {need}")
     if recipe.rounding in ("gptq", "adaround"):

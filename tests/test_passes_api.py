@@ -8,9 +8,9 @@ from typing import Any, ClassVar, cast
 
 import pytest
 
+from qdqtool.chains import preparation, quantization
 from qdqtool.errors import GateError, ModelError, PipelineError
 from qdqtool.passes_api import GRAPH_FACTS, Fact, Pass, PassManager, Skip, State, Timing
-from qdqtool.pipeline import preparation, quantization
 from qdqtool.recipe import Recipe
 
 

@@ -11,7 +11,7 @@ import onnx
 import pytest
 
 import qdqtool
-from qdqtool import pipeline, runtime
+from qdqtool import chains, pipeline, runtime
 from qdqtool.arithmetic.blockwise import quantize as codes_of
 from qdqtool.errors import DataError, GateError, RecipeError
 from qdqtool.graphs import model as models
@@ -329,8 +329,8 @@ def test_refining_may_store_codes_of_its_own() -> None:
     proto = model("[a] y = MatMul(x, w)")
     recipe = pipeline.make_recipe(None, {"target": "cpu", "precision": "w4a16"})
     state, facts = pipeline.load(proto, recipe, "cpu")
-    steps = pipeline.quantization(recipe, data=False)
-    PassManager([*pipeline.preparation(), *steps[:-2]]).run(state, facts)
+    steps = chains.quantization(recipe, data=False)
+    PassManager([*chains.preparation(), *steps[:-2]]).run(state, facts)
     assert state.params is not None
     (key,) = state.params
     params: Any = state.params[key]

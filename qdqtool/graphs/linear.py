@@ -7,9 +7,8 @@ Whatever multiplies output channel c of such a layer by s_c and adds t_c belongs
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Final, cast
+from typing import Final, cast
 
 import numpy as np
 import onnx_graphsurgeon as gs
@@ -18,9 +17,6 @@ from qdqtool.graphs import graph as graphs
 from qdqtool.graphs.channels import ChannelMap, channel_map, channel_vector, stored
 from qdqtool.graphs.graph import Array
 from qdqtool.spec import FloatArray
-
-if TYPE_CHECKING:
-    from qdqtool.passes_api import State
 
 LINEAR_OPS: Final = frozenset({"Conv", "ConvTranspose", "Gemm", "MatMul"})
 RECURRENT_OPS: Final = frozenset({"GRU", "LSTM", "RNN"})
@@ -235,22 +231,6 @@ def arithmetic(node: gs.Node, layer: LinearLayer) -> ChannelMap | str:
     if layer.channels is None:
         return f"the number of output channels of {layer.node.name!r} is not known"
     return channel_map(node, layer.channels, layer.output_axis, layer.output_rank)
-
-
-def absorb(layer: LinearLayer, nodes: Sequence[gs.Node], change: ChannelMap, state: State) -> None:
-    """Take out the nodes behind a layer that now does their work, ``change``, itself.
-
-    The layer makes the last one's result under its name. What is recorded of a BatchNormalization folded before moves
-    along.
-    """
-    result, before = nodes[-1].outputs[0], layer.node.outputs[0].name
-    for node in nodes:
-        graphs.unlink(node)
-    layer.node.outputs[0] = result
-    state.merged(layer.node.name, *(node.name for node in nodes))
-    if before in state.batchnorms:
-        beta, gamma = cast(tuple[FloatArray, FloatArray], state.batchnorms.pop(before))
-        state.batchnorms[result.name] = (beta * change.scale + change.shift, np.abs(gamma * change.scale))
 
 
 @dataclass(frozen=True)

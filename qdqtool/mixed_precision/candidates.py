@@ -13,7 +13,7 @@ from typing import Final, cast
 import numpy as np
 import onnx_graphsurgeon as gs
 
-from qdqtool import pipeline
+from qdqtool import chains
 from qdqtool.arithmetic import affine
 from qdqtool.errors import ModelError
 from qdqtool.graphs import graph as graphs
@@ -81,7 +81,7 @@ def prepare(state: State, facts: frozenset[Fact], recipe: Recipe) -> tuple[Layer
     Raises:
         ModelError: there is none.
     """
-    steps = [*pipeline.preparation(recipe), *pipeline.quantization(recipe)]
+    steps = [*chains.preparation(recipe), *chains.quantization(recipe)]
     cut = next(index for index, step in enumerate(steps) if isinstance(step, ChooseRanges | InsertQdq))
     PassManager(steps[:cut]).run(state, facts | {Fact.DATA})
     layers = tuple(_layers(state))

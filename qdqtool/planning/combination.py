@@ -4,14 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Final
+from typing import Final
 
 from qdqtool.planning.precision import Precision
 from qdqtool.planning.target import known_target
+from qdqtool.recipe_fields import Fields
 from qdqtool.spec import FORMATS
-
-if TYPE_CHECKING:
-    from qdqtool.recipe import Recipe
 
 _WIDTHS: Final = (2, 4, 8)
 _LEAST_BITS: Final = 8
@@ -39,7 +37,7 @@ _FOR_INTEGERS: Final = (
 )
 
 
-def obstacle(recipe: Recipe) -> str | None:
+def obstacle(recipe: Fields) -> str | None:
     """Why the fields of a recipe do not go together, and what to do; None where they do."""
     changed = {name for name in type(recipe).model_fields if name in recipe.values()}
     misplaced = next((name for name, override in recipe.tensors.items() if override.precision is not None), None)
@@ -67,7 +65,7 @@ def obstacle(recipe: Recipe) -> str | None:
     return _block_obstacle(recipe) or _format_obstacle(recipe)
 
 
-def _calibrator_obstacle(recipe: Recipe) -> str | None:
+def _calibrator_obstacle(recipe: Fields) -> str | None:
     """Overrides whose calibrator would choose nothing."""
     for where, override in recipe.nodes.items():
         if override.calibrator is not None:
@@ -84,7 +82,7 @@ def _calibrator_obstacle(recipe: Recipe) -> str | None:
     return None
 
 
-def _activation_obstacle(recipe: Recipe) -> str | None:
+def _activation_obstacle(recipe: Fields) -> str | None:
     """What keeps the target from activations in so few bits."""
     target = known_target(recipe.target)
     if target is None or recipe.bits.activations >= _LEAST_BITS or "TensorrtExecutionProvider" not in target.providers:
@@ -92,7 +90,7 @@ def _activation_obstacle(recipe: Recipe) -> str | None:
     return f"TensorRT takes symmetric activations of 8 bits alone, so {recipe.precision} is for target cpu or cuda"
 
 
-def _allocation_obstacle(recipe: Recipe) -> str | None:
+def _allocation_obstacle(recipe: Fields) -> str | None:
     """What leaves no bits to share out among channels, or no way to."""
     wanted = recipe.bits_per_channel
     if wanted == "off":
@@ -113,7 +111,7 @@ def _allocation_obstacle(recipe: Recipe) -> str | None:
     return None
 
 
-def _block_obstacle(recipe: Recipe) -> str | None:
+def _block_obstacle(recipe: Fields) -> str | None:
     """What keeps the target from blocks as they are asked for."""
     size, bits, target = recipe.block_size, recipe.weight_bits, known_target(recipe.target)
     if size is not None and (size not in range(16, 257) or size & (size - 1)):
@@ -134,7 +132,7 @@ def _precisions(widths: Mapping[int, object]) -> str:
     return ", ".join(f"w{bits}a16" for bits in sorted(widths, reverse=True))
 
 
-def _format_obstacle(recipe: Recipe) -> str | None:
+def _format_obstacle(recipe: Fields) -> str | None:
     """Number formats that weights alone cannot have."""
     target = known_target(recipe.target)
     overrides = {**recipe.tensors, **recipe.nodes}

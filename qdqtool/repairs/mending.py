@@ -13,11 +13,12 @@ from typing import Final
 
 from qdqtool.errors import QdqError
 from qdqtool.repairs.analysis import Analysis, LayerError, analyse
-from qdqtool.repairs.probes import Judge, Ratio, score, worst
+from qdqtool.repairs.jury import Jury, Rules, Tried
+from qdqtool.repairs.probes import Judge, Ratio, worst
 from qdqtool.repairs.pruning import Change, pruned
 from qdqtool.repairs.remedies import MODEL_WIDE, REMEDIES, Candidate, Site, to_float
 from qdqtool.repairs.values import Left, Step
-from qdqtool.repairs.workbench import Trial, Workbench, multiply_accumulates
+from qdqtool.repairs.workbench import Trial, Workbench
 
 _ANALYSED: Final = 8
 """Samples on which layers are measured."""
@@ -30,76 +31,40 @@ _AT_ONCE: Final = frozenset({"bits", "float"})
 Watch = Callable[[str], None]
 
 
-@dataclass(frozen=True)
-class Rules:
-    """What a repair may do.
-
-    Attributes:
-        allow: names of remedies, from cheapest to dearest.
-        min_gain: dB that a step must gain.
-        max_float: share of the multiply-accumulates that may leave integers.
-        enough: dB beyond which nothing counts; None: all counts, and only layers that hurt are looked at.
-        every_layer: look at layers that are no worse than usual too, because there is a goal to reach.
-    """
-
-    allow: tuple[str, ...]
-    min_gain: float
-    max_float: float
-    enough: float | None = None
-    every_layer: bool = False
-
-
-@dataclass(frozen=True)
-class Tried:
-    """A trial, what the choosing samples say of it, and that as one figure."""
-
-    trial: Trial
-    ratios: Mapping[str, Ratio]
-    score: float
-    macs: int
-
-
 @dataclass
 class Mender:
     """Improves a trial step by step.
 
     Attributes:
-        bench: makes trials.
-        choosing: judges candidates.
-        reporting: says what kept steps gained; never asked for a choice.
-        rules: what may be done.
-        reached: whether a trial, with its figures on the choosing samples, is good enough.
+        jury: makes and judges trials.
         watch: told in words what is being tried.
         changes: what was kept, step by step.
         steps: those of them that are needed in the end.
         left: layers that were left alone, by name.
     """
 
-    bench: Workbench
-    choosing: Judge
-    reporting: Judge
-    rules: Rules
-    reached: Callable[[Tried], bool]
+    jury: Jury
     watch: Watch
     changes: list[Change] = field(default_factory=list)
     steps: list[Step] = field(default_factory=list)
     left: dict[str, Left] = field(default_factory=dict)
     _left_at: dict[str, float] = field(default_factory=dict)
     _refused: set[str] = field(default_factory=set)
-    _macs: Mapping[str, int] = field(default_factory=dict)
-    _allowed_macs: int = 0
+
+    @property
+    def rules(self) -> Rules:
+        """What may be done."""
+        return self.jury.rules
 
     def run(self, start: Trial) -> Trial:
         """Improve a trial until it is good enough, or nothing that is allowed helps."""
-        self._macs = multiply_accumulates(start)
-        self._allowed_macs = self._integer_macs(start) - round(self.rules.max_float * sum(self._macs.values()))
-        first = best = self.judged(start)
+        first = best = self.jury.begin(start)
         current: Tried | None = first
         while current is not None:
             best = current
-            current = None if self.reached(best) else self._improved(best)
+            current = None if self.jury.reached(best) else self._improved(best)
         self.watch("looking for steps that are not needed any more")
-        best, self.steps = pruned(self, first, best, self.changes)
+        best, self.steps = pruned(self.jury, first, best, self.changes)
         return best.trial
 
     def _improved(self, current: Tried) -> Tried | None:
@@ -110,18 +75,10 @@ class Mender:
                 return better
         return None
 
-    def judged(self, trial: Trial) -> Tried:
-        """What the choosing samples say of a trial."""
-        ratios = self.choosing.ratios(trial.proto)
-        return Tried(trial, ratios, score(ratios, self.rules.enough), self._integer_macs(trial))
-
-    def _integer_macs(self, trial: Trial) -> int:
-        return sum(self._macs.get(name, 0) for name in trial.integer_layers())
-
     def _suspects(self, current: Tried) -> list[LayerError]:
         """Layers to look at, the worst first."""
         self.watch("finding where the error is made")
-        found = look(self.bench, self.choosing, current.trial, current.ratios)
+        found = look(self.jury.bench, self.jury.choosing, current.trial, current.ratios)
         wanted = found.worst_first() if self.rules.every_layer else found.suspects()
         never = -float("inf")
         return [one for one in wanted if one.node not in self._left_at or self._risen(current, one.node, never)]
@@ -154,7 +111,7 @@ class Mender:
                 break
             if remedy in MODEL_WIDE and gained < self.rules.min_gain:
                 self._refused.add(remedy)
-        exact = None if best is None else self._exact(best[3])
+        exact = None if best is None else self.jury.exact(best[3])
         if best is None or exact is None or exact.score - current.score < self.rules.min_gain:
             self._leave(current, layer, in_float, reasons)
             return None
@@ -175,7 +132,7 @@ class Mender:
         candidate = list(to_float(site))[-1]
         self.watch(f"{site.node.name}: what it costs")
         try:
-            return self.judged(self.bench.quantize(candidate.recipe))
+            return self.jury.judged(self.jury.bench.quantize(candidate.recipe))
         except QdqError as error:
             self.left[site.node.name] = Left(site.node.name, site.node.op_type, f"it cannot be tried in float: {error}")
             self._left_at[site.node.name] = float("inf")
@@ -188,30 +145,25 @@ class Mender:
             tried = in_float
         else:
             try:
-                tried = self.judged(self.bench.quantize(candidate.recipe))
+                tried = self.jury.judged(self.jury.bench.quantize(candidate.recipe))
             except QdqError as error:
                 reasons.append(f"{candidate.change}: {error}")
                 return None
-        if tried.macs < self._allowed_macs:
+        if tried.macs < self.jury.least_macs:
             reasons.append("what helps takes more of the arithmetic out of integers than --max-float lets")
             return None
         return tried
 
-    def _exact(self, tried: Tried) -> Tried:
-        """A trial without what was kept of others, before it is kept itself."""
-        trial = self.bench.exact(tried.trial)
-        return tried if trial is tried.trial else self.judged(trial)
-
     def _keep(self, current: Tried, layer: LayerError, in_float: Tried, best: tuple[str, str, Tried]) -> None:
         remedy, change, tried = best
-        before, after, bound = (self.reported(one.trial) for one in (current, tried, in_float))
+        before, after, bound = (self.jury.reported(one.trial) for one in (current, tried, in_float))
         macs, grown = current.macs - tried.macs, tried.trial.size - current.trial.size
         step = Step(layer.node, layer.op, remedy, change, before, after, max(after, bound), macs, grown)
         self.changes.append(Change(step, current.trial.recipe, tried.trial.recipe))
         self.left.pop(layer.node, None)
 
     def _leave(self, current: Tried, layer: LayerError, in_float: Tried, reasons: Sequence[str]) -> None:
-        gain = self.reported(in_float.trial) - self.reported(current.trial)
+        gain = self.jury.reported(in_float.trial) - self.jury.reported(current.trial)
         if in_float.score - current.score < self.rules.min_gain:
             reason = f"in float it would change the outputs by {gain:+.1f} dB"
         else:
@@ -219,10 +171,6 @@ class Mender:
         why = f" ({'; '.join(dict.fromkeys(reasons))})" if reasons else ""
         self.left[layer.node] = Left(layer.node, layer.op, reason + why)
         self._left_at[layer.node] = current.score
-
-    def reported(self, trial: Trial) -> float:
-        """SQNR of the worst output on the reporting samples."""
-        return worst(self.reporting.ratios(trial.proto)).db
 
 
 def look(bench: Workbench, judge: Judge, trial: Trial, ratios: Mapping[str, Ratio]) -> Analysis:

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from qdqtool.errors import QdqError
 from qdqtool.recipe import Recipe
+from qdqtool.repairs.jury import Jury, Tried
 from qdqtool.repairs.values import Step
-
-if TYPE_CHECKING:
-    from qdqtool.repairs.mending import Mender, Tried
 
 
 @dataclass(frozen=True)
@@ -48,11 +46,11 @@ def _overrides(was: dict[str, Any], is_now: dict[str, Any], given: dict[str, Any
     return {**changed, **{name: one for name, one in given.items() if name not in changed and name not in gone}}
 
 
-def pruned(mender: Mender, start: Tried, end: Tried, changes: Sequence[Change]) -> tuple[Tried, list[Step]]:
+def pruned(jury: Jury, start: Tried, end: Tried, changes: Sequence[Change]) -> tuple[Tried, list[Step]]:
     """Leave out each step without which the outputs lose less than half of what a step must gain.
 
     Args:
-        mender: judges.
+        jury: judges.
         start: before all steps.
         end: behind them.
         changes: the steps.
@@ -63,40 +61,40 @@ def pruned(mender: Mender, start: Tried, end: Tried, changes: Sequence[Change]) 
     kept, index = list(changes), 0
     while index < len(kept) - 1:
         others = [*kept[:index], *kept[index + 1 :]]
-        less = _behind(mender, start, others)
-        if less is not None and _as_good(mender, less, end):
+        less = _behind(jury, start, others)
+        if less is not None and _as_good(jury, less, end):
             kept, end = others, less
         else:
             index += 1
     if len(kept) == len(changes):
         return end, [one.step for one in changes]
-    return _told(mender, start, end, kept)
+    return _told(jury, start, end, kept)
 
 
-def _behind(mender: Mender, start: Tried, changes: Sequence[Change]) -> Tried | None:
+def _behind(jury: Jury, start: Tried, changes: Sequence[Change]) -> Tried | None:
     """The model behind some changes; None where they do not work without others."""
     recipe = start.trial.recipe
     try:
         for change in changes:
             recipe = change.on(recipe)
-        return mender.judged(mender.bench.exact(mender.bench.quantize(recipe)))
+        return jury.judged(jury.bench.exact(jury.bench.quantize(recipe)))
     except QdqError:
         return None
 
 
-def _as_good(mender: Mender, less: Tried, end: Tried) -> bool:
-    near = less.score >= end.score - mender.rules.min_gain / 2 and less.macs >= end.macs
-    return near and (mender.reached(less) or not mender.reached(end))
+def _as_good(jury: Jury, less: Tried, end: Tried) -> bool:
+    near = less.score >= end.score - jury.rules.min_gain / 2 and less.macs >= end.macs
+    return near and (jury.reached(less) or not jury.reached(end))
 
 
-def _told(mender: Mender, start: Tried, end: Tried, changes: Sequence[Change]) -> tuple[Tried, list[Step]]:
+def _told(jury: Jury, start: Tried, end: Tried, changes: Sequence[Change]) -> tuple[Tried, list[Step]]:
     """Steps with the figures that they have without those left out."""
     steps, before = [], start
     for count, change in enumerate(changes, start=1):
-        after = end if count == len(changes) else _behind(mender, start, changes[:count])
+        after = end if count == len(changes) else _behind(jury, start, changes[:count])
         if after is None:  # it works only with those behind it, which then count as one with it
             continue
-        figures = [mender.reported(one.trial) for one in (before, after)]
+        figures = [jury.reported(one.trial) for one in (before, after)]
         step = replace(change.step, before_db=figures[0], after_db=figures[1], macs=before.macs - after.macs)
         steps.append(replace(step, bytes=after.trial.size - before.trial.size))
         before = after

@@ -22,7 +22,8 @@ from qdqtool.observation.sweeps import parse_bytes
 from qdqtool.repairs.analysis import Analysis
 from qdqtool.repairs.difference import difference
 from qdqtool.repairs.given import recipe_of
-from qdqtool.repairs.mending import Mender, Rules, Tried, Watch, look
+from qdqtool.repairs.jury import Jury, Rules, Tried
+from qdqtool.repairs.mending import Mender, Watch, look
 from qdqtool.repairs.probes import Judge, Probes, divide, worst
 from qdqtool.repairs.remedies import REMEDIES, changed
 from qdqtool.repairs.task import Task
@@ -201,7 +202,8 @@ class _Job:
         """Mend what hurts, unless the model given is good enough."""
         came, before = self.figures(given), self.figures(self.start.proto)
         notes += _anew(came, before)
-        mender = Mender(self.bench, self.choosing, self.reporting, self.rules, self.reached, self.watch)
+        jury = Jury(self.bench, self.choosing, self.reporting, self.rules, self.reached)
+        mender = Mender(jury, self.watch)
         end = self.start
         if not self.goal.given or self.goal.missed(came) is not None:
             end = mender.run(self.start)

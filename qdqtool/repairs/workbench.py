@@ -16,6 +16,7 @@ import numpy as np
 import onnx
 import onnx_graphsurgeon as gs
 
+from qdqtool.chains import preparation, quantization
 from qdqtool.graphs import graph as graphs
 from qdqtool.graphs import macs
 from qdqtool.graphs import model as models
@@ -23,7 +24,7 @@ from qdqtool.observation.calibration import Calibration
 from qdqtool.observation.collect import collect
 from qdqtool.passes import Observe, RoundWeights, SmoothActivations, Verify
 from qdqtool.passes_api import Fact, Pass, PassManager, State, Timing
-from qdqtool.pipeline import load, preparation, quantization
+from qdqtool.pipeline import load
 from qdqtool.planning.plan import Key, Plan, params_of
 from qdqtool.planning.target import target
 from qdqtool.spec import QuantizedWeight, QuantSpec

@@ -17,7 +17,7 @@ import onnx
 import onnxruntime
 from onnx.backend.test.loader import load_model_tests
 
-from qdqtool import foreign, pipeline
+from qdqtool import chains, foreign, pipeline
 from qdqtool.errors import PipelineError, QdqError
 from qdqtool.graphs import model as models
 from qdqtool.passes_api import PassManager
@@ -89,7 +89,7 @@ def _prepare(
     """Hold the prepared model to the original's outputs; why it was refused, or nothing."""
     try:
         state, facts = pipeline.load(proto, Recipe(), "cpu")
-        PassManager(pipeline.preparation()).run(state, facts)
+        PassManager(chains.preparation()).run(state, facts)
     except QdqError as error:
         return _refusal(error)
     found = _outputs(models.to_proto(state.graph, state.header), feeds)

@@ -11,9 +11,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from qdqtool import pipeline
+from qdqtool import chains
 
-PREPARATION = tuple(pipeline.preparation())
+PREPARATION = tuple(chains.preparation())
 CHANNELS = 4
 CONVS = ("Conv({x}, w)", "Conv <group = 2> ({x}, wg, b)", "ConvTranspose <group = 2> ({x}, wt, b)", "Conv({x}, w, b)")
 PRODUCTS = ("MatMul({x}, v)", "Gemm <alpha = 0.5, beta = 2.0> ({x}, v, b)", "Gemm <transB = 1> ({x}, v)")

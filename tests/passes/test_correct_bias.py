@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from qdqtool import pipeline, runtime
+from qdqtool import chains, pipeline, runtime
 from qdqtool.data import source as sources
 from qdqtool.graphs import graph as graphs
 from qdqtool.graphs import model as models
@@ -95,7 +95,7 @@ def calibrated(proto: onnx.ModelProto, fed: Arrays, target: str) -> State:
     state, facts = pipeline.load(proto, recipe, "cpu")
     with sources.open_data(fed, models.inputs(proto)) as opened:
         state.data = opened
-        passes = [*pipeline.preparation(), PlanQuantization(), Observe(), ChooseRanges()]
+        passes = [*chains.preparation(), PlanQuantization(), Observe(), ChooseRanges()]
         PassManager(passes).run(state, facts | {Fact.DATA})
     return state
 

@@ -9,7 +9,7 @@ import onnx
 import pytest
 
 import qdqtool
-from qdqtool import pipeline
+from qdqtool import chains, pipeline
 from qdqtool.graphs.channel_means import Moments, channel_means
 from qdqtool.passes_api import PassManager
 from qdqtool.recipe import Recipe
@@ -93,7 +93,7 @@ def test_the_method_may_be_asked_for_beside_data() -> None:
 def test_moments_are_those_of_values_drawn() -> None:
     body = "r = Relu(n) s = Sigmoid(n) a = Add(r, s) k = Concat <axis = 1> (r, s) p = Add(r, n) y = Conv(r, v, d)"
     state, facts = pipeline.load(net(body, "[N, 8, 6, 6]"), Recipe(target="cpu"), "cpu")
-    PassManager(pipeline.preparation()).run(state, facts)
+    PassManager(chains.preparation()).run(state, facts)
     found = channel_means(state.graph, {"n": (np.array([0.3, -1.0]), np.array([2.0, 0.5]))})
     drawn = np.array([[0.3], [-1.0]]) + np.array([[2.0], [0.5]]) * RNG.standard_normal((2, 1_000_000))
     relu = np.maximum(drawn, 0)

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from qdqtool import pipeline
+from qdqtool import chains
 from qdqtool.graphs import model as models
 from qdqtool.passes.fold_batchnorm import FoldBatchnorm
 from qdqtool.passes.fold_input_scale import FoldInputScale
@@ -208,7 +208,7 @@ def test_float64(passes: Any) -> None:
 
 def test_running_the_preparation_twice_changes_nothing_more(passes: Any) -> None:
     body = f"r = Relu(x0) [bn] x = {BATCHNORM.format(x='r')} [layer] y = Conv(x, w, b)"
-    proto, _ = passes(source(body), *pipeline.preparation(), weights=values((6, 4, 3, 3)))
+    proto, _ = passes(source(body), *chains.preparation(), weights=values((6, 4, 3, 3)))
     again = passes.state(proto)
     InferShapes().run(again)
     assert FoldInputScale().run(again) == 0

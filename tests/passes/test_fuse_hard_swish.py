@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from qdqtool import pipeline, runtime
+from qdqtool import chains, runtime
 from qdqtool.graphs import model as models
 from qdqtool.passes.fuse_hard_swish import FuseHardSwish
 from qdqtool.passes.infer_shapes import InferShapes
@@ -90,7 +90,7 @@ def test_behind_a_convolution_integer_kernels_are_kept(passes: Any, form: str) -
 
 @pytest.mark.parametrize("form", [*GATE.values(), "[last] y = HardSigmoid <alpha = 0.16666667> (x)"])
 def test_a_gate_folds_into_its_layer(passes: Any, form: str) -> None:
-    proto, _ = passes(source(form, conv=True), *pipeline.preparation(), weights=constants(), tolerance=2e-6)
+    proto, _ = passes(source(form, conv=True), *chains.preparation(), weights=constants(), tolerance=2e-6)
     assert passes.ops(proto) == ["Conv", "Clip", "Neg"]
     ends = [passes.constant(proto, name) for name in proto.graph.node[1].input[1:]]
     assert ends == [0, 1]

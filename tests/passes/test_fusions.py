@@ -11,10 +11,10 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from qdqtool import pipeline
+from qdqtool import chains
 from qdqtool.passes.infer_shapes import InferShapes
 
-PREPARATION = tuple(pipeline.preparation())
+PREPARATION = tuple(chains.preparation())
 BLOCKS = {
     "conv": "{y} = Conv <pads = [1, 1, 1, 1]> ({x}, w, b)",
     "pointwise": "{y} = Conv({x}, v)",

@@ -9,11 +9,12 @@ import onnx
 import pytest
 
 import qdqtool
+from qdqtool.chains import preparation, quantization
 from qdqtool.data.source import open_data
 from qdqtool.errors import StatisticsError
 from qdqtool.graphs import model as models
 from qdqtool.passes_api import Fact, PassManager, State
-from qdqtool.pipeline import load, make_recipe, preparation, quantization
+from qdqtool.pipeline import load, make_recipe
 from tests.builders import TARGETS, Arrays, constants, normal, ops, parse, quality, quantized, run, sqnr, weight
 
 OUTLIERS = np.where(np.arange(16) % 8 == 3, 40.0, 1.0).astype(np.float32)

@@ -12,7 +12,7 @@ import numpy as np
 import onnx
 import pytest
 
-from qdqtool import pipeline
+from qdqtool import chains, pipeline
 from qdqtool.arithmetic import affine
 from qdqtool.arithmetic.blockwise import pack
 from qdqtool.passes import PlanQuantization
@@ -35,7 +35,7 @@ def deep(layers: int) -> onnx.ModelProto:
 def prepared(layers: int) -> State:
     recipe = pipeline.make_recipe(None, {"target": "cpu"})
     state, facts = pipeline.load(deep(layers), recipe, "cpu")
-    PassManager([*pipeline.preparation(), PlanQuantization()]).run(state, facts)
+    PassManager([*chains.preparation(), PlanQuantization()]).run(state, facts)
     return state
 
 
