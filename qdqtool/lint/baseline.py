@@ -22,6 +22,7 @@ from qdqtool.planning.plan import Plan
 from qdqtool.planning.target import Target
 from qdqtool.report.values import plain
 from qdqtool.spec import FORMATS
+from qdqtool.units import percent
 from qdqtool.verification import placement
 
 Place = Literal["integer", "float", "gone"]
@@ -185,7 +186,10 @@ def _drift(
         if moved > most * (hi - lo):
             ends = f"[{lo:.5g}, {hi:.5g}] -> [{now[name][0]:.5g}, {now[name][1]:.5g}]"
             share = moved / (hi - lo) if hi > lo else math.inf
-            yield Hit(f"its range moved: {ends}, by {share:.1%} of its width (at most {most:.1%})", tensor=name)
+            yield Hit(
+                f"its range moved: {ends}, by {percent(100 * share)} of its width (at most {percent(100 * most)})",
+                tensor=name,
+            )
     for name in (name for name in now if name not in before):
         yield Hit("it is quantized now and was not in the baseline", tensor=name, severity=Severity.NOTE)
 

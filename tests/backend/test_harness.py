@@ -9,7 +9,7 @@ import numpy as np
 import onnx
 import pytest
 
-from qdqtool import pipeline
+from qdqtool import chains
 from qdqtool.passes_api import Fact, State
 from tests.backend import harness, summary
 from tests.backend.harness import Outcome
@@ -69,7 +69,7 @@ def test_what_the_runtime_does_not_run_has_its_reason() -> None:
 def test_a_pass_that_is_wrong_or_fails_is_a_failure(
     monkeypatch: pytest.MonkeyPatch, step: Breaking, message: str
 ) -> None:
-    monkeypatch.setattr(pipeline, "preparation", lambda *_: [step])
+    monkeypatch.setattr(chains, "preparation", lambda *_: [step])
     found = harness.run(case(relu(), X))
     assert found.runs
     assert not found.equal

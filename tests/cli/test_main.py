@@ -391,7 +391,10 @@ class TestProcess:
 
     @pytest.mark.skipif(sys.platform == "win32", reason="signals of POSIX")
     def test_a_real_interrupt(self, work: Path) -> None:
-        command = [sys.executable, "-m", "qdqtool", "quantize", "model.onnx", "--data", "synthetic:1000000"]
+        # Whoever runs the tests in the background may ignore interrupts, and so do all that these start.
+        code = "import runpy, signal; signal.signal(signal.SIGINT, signal.default_int_handler)"
+        start = [sys.executable, "-c", f"{code}; runpy.run_module('qdqtool', run_name='__main__', alter_sys=True)"]
+        command = [*start, "quantize", "model.onnx", "--data", "synthetic:1000000"]
         with subprocess.Popen([*command, "--save-each", "steps"], stderr=subprocess.PIPE, text=True) as process:
             deadline = time.monotonic() + 60
             while not list(work.glob("steps/*-plan.onnx")) and time.monotonic() < deadline:

@@ -227,9 +227,11 @@ class TestWithoutRay:
 
 def test_a_ray_of_its_own_is_quiet_and_ends_with_the_run_or_an_interrupt(tmp_path: Path) -> None:
     code = f"""
-import os, pathlib, sys
+import os, pathlib, signal, sys
 from qdqtool.observation.engine_ray import Ray
 from tests.toy_job import Items, KillOnce, Summing, Wait
+
+signal.signal(signal.SIGINT, signal.default_int_handler)  # tests in the background may ignore interrupts
 
 class Before:
     def __call__(self, number):
