@@ -1,8 +1,9 @@
 """Codes of a weight by which the layer's output errs least, checked on samples that were kept apart.
 
-Codes are chosen for the weight that fits the inputs the layer reads in the quantized model
-(:func:`qdqtool.arithmetic.gptq.compensated`). Where they do worse than the nearest codes on samples kept apart, with
-the inputs of the quantized or of the float model, half of that fit is tried, and none of it.
+Codes are chosen for a weight moved towards the one that fits the inputs the layer reads in the quantized model
+(:func:`qdqtool.arithmetic.gptq.compensated`), as far as samples kept apart bear it out: a fit has an unknown for each
+input, and from few samples learns what holds for these alone. Where the codes do worse than the nearest ones on the
+samples kept apart, with the inputs of the quantized or of the float model, nothing of the fit is taken, or no codes.
 """
 
 from __future__ import annotations
@@ -17,7 +18,6 @@ from qdqtool.spec import FloatArray, IntArray
 
 Rounding = Callable[[FloatArray, FloatArray, Grid], IntArray]
 """A method: weights, second moments H and grid -> codes; see :func:`qdqtool.arithmetic.gptq.rounded`."""
-_SHARES: Final = (1.0, 0.5, 0.0)
 _ENOUGH: Final = 4
 """Samples kept apart of which fewer do not tell whether a fit holds, which has an unknown for each input."""
 
@@ -40,11 +40,21 @@ def chosen(
         return _rounded(weights, grid, rounding, whole, 0.0)
     nearest, known, seen = grid.nearest(weights), fit.shrunk(centred=centred), apart.mean(centred=centred)
     bounds = [error(weights, grid.values(nearest)) for error in (seen.error, seen.exact_error)]
-    for share in _SHARES if apart.samples >= _ENOUGH else (0.0,):
+    for share in (_borne_out(weights, known, seen), 0.0) if apart.samples >= _ENOUGH else (0.0,):
         values = grid.values(_rounded(weights, grid, rounding, known, share))
         if seen.error(weights, values) <= bounds[0] and seen.exact_error(weights, values) <= bounds[1]:
             return _rounded(weights, grid, rounding, whole, share)
     return None
+
+
+def _borne_out(weights: FloatArray, known: Moments, seen: Moments) -> float:
+    """How much of the fit makes the least error on the samples kept apart, 0 to 1.
+
+    Moved by a share s of the way Δ to its fit, a weight errs there by s² ΔHΔᵀ - 2s ΔDᵀwᵀ, besides a constant.
+    """
+    way = compensated(weights, known.h, known.drift) - weights
+    gain, curve = float((way * (weights @ seen.drift)).sum()), float((way * (way @ seen.h)).sum())
+    return min(max(gain / curve, 0.0), 1.0) if curve > 0 else 0.0
 
 
 def _rounded(weights: FloatArray, grid: Grid, rounding: Rounding, moments: Moments, share: float) -> IntArray:

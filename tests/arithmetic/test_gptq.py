@@ -11,7 +11,7 @@ import pytest
 
 from qdqtool.arithmetic import adaround, gptq
 from qdqtool.arithmetic.grid import Grid
-from qdqtool.arithmetic.output_error import Rounding, chosen
+from qdqtool.arithmetic.output_error import Rounding, _borne_out, chosen
 from qdqtool.arithmetic.second_moments import SecondMoments, product
 from qdqtool.spec import FloatArray, IntArray
 
@@ -144,3 +144,24 @@ def test_codes_that_fail_on_samples_kept_apart_are_not_taken() -> None:
     near, best = (known.exact_error(weights, allowed.values(codes)) for codes in (allowed.nearest(weights), found))
     assert best < 0.5 * near
     assert chosen(weights, allowed, gptq.rounded, fit, unlike, centred=False) is None
+
+
+def test_of_a_fit_only_so_much_is_taken_as_other_samples_bear_out() -> None:
+    """What few samples say of drift is mostly chance: weights stay, but for the part that repeats."""
+    rng = np.random.default_rng(0)
+    weights = rng.standard_normal((1, 6, 40))
+
+    def sums(samples: int, shrunk: float) -> SecondMoments:
+        counted = SecondMoments(product(), count_exact=True)
+        for _ in range(samples):
+            exact = rng.standard_normal((1, 40, 4)).astype(np.float32)
+            noise = rng.standard_normal((1, 40, 4)).astype(np.float32)
+            counted.add(exact, (1 - shrunk) * exact + 0.3 * noise)
+        return counted
+
+    chance, real = (
+        _borne_out(weights, sums(12, part).mean(centred=False), sums(8, part).mean(centred=False))
+        for part in (0.0, 0.5)
+    )
+    assert chance < 0.6 * real
+    assert 0 <= chance <= real <= 1
