@@ -151,17 +151,17 @@ def test_of_a_fit_only_so_much_is_taken_as_other_samples_bear_out() -> None:
     rng = np.random.default_rng(0)
     weights = rng.standard_normal((1, 6, 40))
 
-    def sums(samples: int, shrunk: float) -> SecondMoments:
+    def sums(samples: int, drift: float) -> SecondMoments:
         counted = SecondMoments(product(), count_exact=True)
         for _ in range(samples):
-            exact = rng.standard_normal((1, 40, 4)).astype(np.float32)
-            noise = rng.standard_normal((1, 40, 4)).astype(np.float32)
-            counted.add(exact, (1 - shrunk) * exact + 0.3 * noise)
+            seen, noise = rng.standard_normal((2, 1, 40, 4)).astype(np.float32)
+            counted.add((1 + drift) * seen + 0.3 * noise, seen)
         return counted
 
     chance, real = (
-        _borne_out(weights, sums(12, part).mean(centred=False), sums(8, part).mean(centred=False))
-        for part in (0.0, 0.5)
+        _borne_out(weights, sums(60, drift).mean(centred=False), sums(8, drift).mean(centred=False))
+        for drift in (0.0, 0.5)
     )
-    assert chance.mean() < 0.6 * real.mean()
+    assert chance.mean() < 0.2
+    assert real.mean() > 0.5
     assert ((chance >= 0) & (real <= 1)).all()
